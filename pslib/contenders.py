@@ -1,0 +1,94 @@
+"""Every optimizer of the book by name: torch's, the learning-rate-free packages', and ours.
+
+`make(name, params, **settings)` takes named parameters or plain tensors; settings go to the optimizer as they are,
+and what is not set stays at its authors' default.  Packages are imported when asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["CONTENDERS", "Contender", "make"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Where an optimizer comes from.
+
+    Attributes:
+        label: its name in tables and figures.
+        module, attribute: where its class is.
+        package: what to install to have it.
+        fixed: settings that make it this method.
+        learning_rate_free: whether it is meant to be used at its defaults.
+    """
+
+    label: str
+    module: str
+    attribute: str
+    package: str
+    fixed: dict
+    learning_rate_free: bool = False
+
+
+def _torch(label: str, attribute: str, **fixed) -> Contender:
+    return Contender(label, "torch.optim", attribute, "torch", fixed)
+
+
+def _ours(label: str, attribute: str, free: bool = True, **fixed) -> Contender:
+    return Contender(label, "pslib", attribute, "pslib", fixed, free)
+
+
+def _peer(label: str, module: str, attribute: str, package: str, **fixed) -> Contender:
+    return Contender(label, module, attribute, package, fixed, True)
+
+
+CONTENDERS = {
+    "sgd": _torch("SGD", "SGD", lr=0.1),
+    "momentum": _torch("SGD, momentum", "SGD", lr=0.1, momentum=0.9),
+    "adam": _torch("Adam", "Adam"),
+    "adamw": _torch("AdamW", "AdamW"),
+    "amsgrad": _torch("AMSGrad", "Adam", amsgrad=True),
+    "nadam": _torch("NAdam", "NAdam"),
+    "rmsprop": _torch("RMSprop", "RMSprop"),
+    "adagrad": _torch("Adagrad", "Adagrad"),
+    "adadelta": _torch("Adadelta", "Adadelta"),
+    "rprop": _torch("Rprop", "Rprop"),
+    "muon": _torch("Muon", "Muon", lr=0.02),
+    "lion": Contender("Lion (sign)", "lion_pytorch", "Lion", "lion-pytorch", {}),
+    "dadapt-adam": _peer("D-Adapt Adam", "dadaptation", "DAdaptAdam", "dadaptation"),
+    "dadapt-sgd": _peer("D-Adapt SGD", "dadaptation", "DAdaptSGD", "dadaptation"),
+    "prodigy": _peer("Prodigy", "prodigyopt", "Prodigy", "prodigyopt"),
+    "dog": _peer("DoG", "dog", "DoG", "dog-optimizer"),
+    "momo-adam": _peer("MoMo-Adam", "momo", "MomoAdam", "momo-opt"),
+    "schedule-free": _peer("Schedule-Free AdamW", "schedulefree", "AdamWScheduleFree", "schedulefree"),
+    "sps": _ours("SPS", "PSSPS", scaling="none", betas=(0.0, 0.98)),
+    "ps-sps": _ours("PS-SPS", "PSSPS"),
+    "psdasgd-model": _ours("PS-DA-SGD, model", "PSDASGD", per="model"),
+    "psdasgd-tensor": _ours("PS-DA-SGD, tensor", "PSDASGD", per="tensor"),
+}
+
+
+def make(name: str, params: Iterable, **settings) -> torch.optim.Optimizer:
+    """Make the optimizer `name` for `params` with the given settings.
+
+    Raises:
+        ValueError: if there is no contender of that name.
+        ImportError: if its package is not installed.
+    """
+    if name not in CONTENDERS:
+        raise ValueError(f"there is no optimizer {name!r}; choose one of {', '.join(CONTENDERS)}.")
+    contender = CONTENDERS[name]
+    try:
+        module = importlib.import_module(contender.module)
+    except ImportError as error:
+        raise ImportError(f"{contender.label} needs the package {contender.package}: pip install {contender.package}.") from error
+    params = list(params)
+    if contender.package != "pslib":
+        params = [p[1] if isinstance(p, tuple) else p for p in params]
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return getattr(module, contender.attribute)(params, **{**contender.fixed, **settings})

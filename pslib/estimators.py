@@ -1,0 +1,233 @@
+"""Step-size estimators: how far to step in the scaled space.
+
+An estimator sees sums over blocks of parameters and returns, per block, the pair (inside, outside) of
+
+    m ← β₁m + (1 − β₁)·inside·g,        x ← x − γ·outside·m̂/α²,
+
+so that the effective learning rate is η = γ·inside·outside.  For `Polyak` and `DAdaptation` both parts are
+unchanged, or change as α² does, when α is multiplied by any positive number: the update does not notice.
+
+Units, with [x] a parameter's and [f] the loss's: α² in [f]/[x] under an adaptive scaling; a², G² in [f]/[x]
+(α ≡ 1: none, and ([f]/[x])²); the distance δ in [x].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DAdaptation", "Entry", "Estimator", "Fixed", "Blocks", "Polyak"]
+
+
+@dataclass
+class Entry:
+    """One parameter tensor in one step; `grad` is None where there was no gradient this time."""
+
+    param: Tensor
+    grad: Tensor | None
+    state: dict[str, Any]
+    group: dict[str, Any]
+    alpha_sq: Tensor
+
+    @property
+    def second_moment(self) -> Tensor:
+        """v̂, bias-corrected, shaped like the parameter, units ([f]/[x])²."""
+        return self.state["exp_avg_sq"] / (1 - self.group["betas"][1] ** self.state["step"])
+
+
+def over_scaling(numerator: Tensor, alpha_sq: Tensor) -> Tensor:
+    """numerator/α², and 0 on dead coordinates (α² = 0): they add nothing to any sum and never move."""
+    return torch.where(alpha_sq > 0, numerator / alpha_sq, torch.zeros_like(numerator))
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """⟨x, y⟩ as a float64 scalar."""
+    return (x * y).sum(dtype=torch.float64)
+
+
+class Blocks:
+    """The parameters of one step, and sums over blocks of them.
+
+    Args:
+        entries: the parameters that have optimizer state.
+        per: "model" (one block) or "tensor" (one block per parameter tensor).
+
+    A block's scalars are kept in the state of each of its parameters, so that any subset of the
+    state still says everything about its own block.
+    """
+
+    def __init__(self, entries: list[Entry], per: str):
+        self.entries = entries
+        self.whole = per == "model"
+
+    def sum(self, term) -> Tensor:
+        """Σ over each block of `term(entry)`, a float64 vector with one number a block."""
+        terms = torch.stack([term(e) for e in self.entries])
+        return terms.sum(0, keepdim=True) if self.whole else terms
+
+    def grad_sum(self, term) -> Tensor:
+        """Like `sum`, over the parameters that have a gradient in this step."""
+        return self.sum(lambda e: torch.zeros((), dtype=torch.float64, device=e.param.device) if e.grad is None else term(e))
+
+    def largest(self, value) -> Tensor:
+        """The largest `value(entry)`, a Python number, in each block."""
+        values = [value(e) for e in self.entries]
+        values = [max(values)] if self.whole else values
+        return torch.tensor(values, dtype=torch.float64, device=self.entries[0].param.device)
+
+    def read(self, name: str, start: float) -> Tensor:
+        """The block scalars `name`, `start` for a block that has none yet."""
+        device = self.entries[0].param.device
+        values = [e.state.get(name) for e in self.entries]
+        if self.whole:
+            values = [next((v for v in values if v is not None), None)]
+        return torch.stack([torch.tensor(start, dtype=torch.float64, device=device) if v is None else v for v in values])
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Keep the block scalars `name` in the state of every parameter of the block."""
+        for entry, value in zip(self.entries, self.spread(values), strict=True):
+            entry.state[name] = value
+
+    def spread(self, values: Tensor) -> list[Tensor]:
+        """Block values as a list with one 0-dimensional tensor a parameter."""
+        return [v.clone() for v in values.expand(len(self.entries)).unbind()]
+
+
+class Estimator:
+    """Base class.  `needs_loss` says whether `rate` must be given the loss."""
+
+    needs_loss = False
+
+    def start(self, entry: Entry) -> None:
+        """Make the parameter's buffers at its first gradient."""
+
+    def rate(self, blocks: Blocks, loss: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return (inside, outside), one float64 number a block each."""
+        raise TypeError(f"{type(self).__name__} must define rate(blocks, loss).")
+
+
+class Fixed(Estimator):
+    """No estimate: inside = outside = 1, so that `lr` itself is the learning rate, as in torch's optimizers."""
+
+    def rate(self, blocks, loss):
+        one = blocks.largest(lambda e: 1.0)
+        return one, one
+
+
+class Polyak(Estimator):
+    """Polyak's step in the scaled space, η = (f − f*)₊ / (c‖g/α‖²) (Polyak 1987; Loizou et al. 2021, SPS).
+
+    Args:
+        c: the constant in the denominator, without units (> 0).
+        f_star: the loss's known lower bound f*, in the loss's units.
+        d0: the first step is at most d0·rms(x₀) long (ηG/a, > 0; `inf`: no such bound).
+        growth_rate: η/a² grows at most by this factor a step (≥ 1; `inf`: no bound after the first step).
+
+    The bound is on ρ = η/a², which does not change when α is multiplied by a number; with α ≡ 1 and d0 = inf it is
+    the smoothed bound of the SPS authors' code.  A loss at or below f* gives a zero step and leaves the bound alone.
+    """
+
+    needs_loss = True
+
+    def __init__(self, c: float, f_star: float, d0: float, growth_rate: float):
+        self.c, self.f_star, self.d0, self.growth_rate = c, f_star, d0, growth_rate
+
+    def start(self, entry):
+        entry.state["initial_sq"] = dot(entry.param, entry.param)
+
+    def rate(self, blocks, loss):
+        a_sq = blocks.sum(lambda e: e.alpha_sq.sum(dtype=torch.float64))
+        g_sq = blocks.grad_sum(lambda e: dot(e.grad, over_scaling(e.grad, e.alpha_sq)))
+        gap = (loss.to(torch.float64) - self.f_star).clamp(min=0)
+        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq).sum(dtype=torch.float64))
+        length = (a_sq * mean_sq).sqrt()
+        rho = torch.where(g_sq * a_sq > 0, gap / (self.c * g_sq * a_sq), 0.0)
+        bound = blocks.read("polyak_bound", math.nan)
+        bound = torch.where(bound.isnan(), self.first_bound(blocks, length), bound)
+        rho = torch.minimum(rho, bound)
+        blocks.write("polyak_bound", torch.where(rho > 0, rho * self.growth_rate, bound))
+        blocks.write("distance", rho * length)
+        return rho, a_sq
+
+    def first_bound(self, blocks: Blocks, length: Tensor) -> Tensor:
+        """The bound on ρ before the first step; 1 stands in for the scale of parameters that all start at zero."""
+        count = blocks.sum(lambda e: torch.tensor(float(e.param.numel()), dtype=torch.float64, device=e.param.device))
+        rms = (blocks.sum(lambda e: e.state["initial_sq"]) / count).sqrt()
+        return torch.where(length > 0, self.d0 * torch.where(rms > 0, rms, 1.0) / length, math.inf)
+
+
+class DAdaptation(Estimator):
+    """The distance to the solution, estimated from below while training (Defazio & Mishchenko 2023, in the scaled space).
+
+    With any weights w ≥ 0 and any positive α, convexity gives  max|x₀ − x*| ≥ N/(‖s/α‖·‖α‖)  for
+    N = Σ w⟨g, x₀ − x⟩ and s = Σ w g.  Both sums are exponential averages with rate β₃ = √β₂ so that s²/α²
+    forgets as fast as α² does.
+
+    Args:
+        d0: the first estimate; in the parameter's units for one block, in units of each tensor's own
+            root mean square for `per="tensor"` (> 0).
+        growth_rate: the estimate grows at most by this factor a step (> 1; `inf`: no bound).
+        relative: whether d0 is relative to each block's own scale.
+
+    A block that starts at zero has no scale of its own.  Its unit is then e/rms(g), with e the mean over the
+    blocks that do have one of rms(x₀)·rms(g), taken at its first nonzero gradient; if no block has one, it is 1.
+    """
+
+    def __init__(self, d0: float, growth_rate: float, relative: bool):
+        self.d0, self.growth_rate, self.relative = d0, growth_rate, relative
+
+    def start(self, entry):
+        entry.state["initial"] = entry.param.detach().clone()
+        entry.state["weighted_grad_sum"] = torch.zeros_like(entry.state["exp_avg_sq"])
+
+    def first_distance(self, blocks: Blocks) -> Tensor:
+        """δ before this step: as learned, or d0 in the block's own unit."""
+        if not self.relative:
+            return blocks.read("distance", self.d0)
+        distance = blocks.read("distance", 0.0)
+        if bool((distance > 0).all()):
+            return distance
+
+        def rms(numbers):
+            return (dot(numbers, numbers) / numbers.numel()).sqrt()
+
+        unit = blocks.sum(lambda e: rms(e.state["initial"]))
+        grad_rms = blocks.grad_sum(lambda e: rms(e.grad))
+        known = unit > 0
+        energy = torch.where(known, unit * grad_rms, 0.0).sum() / known.sum() if bool(known.any()) else grad_rms
+        borrowed = torch.where(grad_rms > 0, energy / grad_rms, 0.0)
+        return torch.where(distance > 0, distance, self.d0 * torch.where(known, unit, borrowed))
+
+    def rate(self, blocks, loss):
+        delta = self.first_distance(blocks)
+        a_sq = blocks.sum(lambda e: e.alpha_sq.sum(dtype=torch.float64))
+        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq).sum(dtype=torch.float64))
+        alive = mean_sq > 0
+        gamma = blocks.largest(lambda e: float(e.group["lr"]))
+        weight = torch.where(alive, gamma * delta / (a_sq * mean_sq).sqrt(), 0.0)
+        outside = torch.where(alive, (a_sq / mean_sq).sqrt(), 0.0)
+        blocks.write("distance", self.learn(blocks, delta, weight, a_sq))
+        return delta, outside
+
+    def learn(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor) -> Tensor:
+        """Add this step's gradient to N and s and return the next δ."""
+        beta3 = blocks.largest(lambda e: math.sqrt(e.group["betas"][1]))
+        progress = blocks.grad_sum(lambda e: dot(e.grad, e.state["initial"] - e.param))
+        numerator = beta3 * blocks.read("distance_numerator", 0.0) + (1 - beta3) * weight * progress
+        blocks.write("distance_numerator", numerator)
+        for entry, w in zip(blocks.entries, blocks.spread(weight), strict=True):
+            s, b3 = entry.state["weighted_grad_sum"], math.sqrt(entry.group["betas"][1])
+            s.mul_(b3)
+            if entry.grad is not None:
+                s.add_(entry.grad * w.to(s.dtype), alpha=1 - b3)
+        s_sq = blocks.sum(
+            lambda e: dot(e.state["weighted_grad_sum"], over_scaling(e.state["weighted_grad_sum"], e.alpha_sq))
+        )
+        bound = torch.where(s_sq > 0, numerator / (s_sq * a_sq).sqrt(), 0.0)
+        if self.growth_rate < math.inf:
+            bound = torch.minimum(self.growth_rate * delta, bound)
+        return torch.maximum(delta, bound)

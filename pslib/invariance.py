@@ -1,0 +1,333 @@
+"""Invariance certificates: which changes of units does an optimizer not notice?
+
+A `Transformation` turns an optimization problem into an equivalent one, and its parameters back.  `certify` runs
+an optimizer on both and says whether the mapped-back trajectories are the same: bit for bit, up to rounding, or
+not, and then how different and from which step on.  Factors are powers of two, which commute with floating-point
+arithmetic: a true invariance is then exact, and a difference cannot be blamed on rounding.
+
+Works with every `torch.optim.Optimizer` whose `step` takes a closure, third-party ones included.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "Certificate", "DiagonalGradient", "LossScale", "Problem", "Rotation", "Sign", "TensorUnits", "Transformation",
+    "Translation", "UniformUnits", "CoordinateUnits", "certify", "groups", "network_problem",
+]
+
+Params = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Starting values and a loss.
+
+    Attributes:
+        start: the initial parameters, a list of tensors.
+        loss: maps (parameters, step) to a scalar; the step selects the batch.
+    """
+
+    start: Params
+    loss: Callable[[Params, int], Tensor]
+
+
+class Transformation:
+    """A change of description.  x̃ = `forward`(x), x = `back`(x̃); the loss is that of the mapped-back parameters.
+
+    Subclasses override what differs from the identity.  `seed` draws whatever is random, once.
+    """
+
+    name = "identity"
+
+    def forward(self, params: Params) -> Params:
+        """Express parameters in the new description."""
+        return [p.clone() for p in params]
+
+    def back(self, params: Params) -> Params:
+        """Express them in the old one (differentiable)."""
+        return params
+
+    def loss_factor(self) -> float:
+        """What the loss is multiplied by."""
+        return 1.0
+
+    def gradient(self, grads: Params) -> Params:
+        """What the optimizer is shown instead of the gradient."""
+        return grads
+
+
+class LossScale(Transformation):
+    """The loss in other units: f̃ = c·f."""
+
+    name = "loss scale"
+
+    def __init__(self, c: float = 2.0**-7):
+        self.c = c
+
+    def loss_factor(self):
+        return self.c
+
+
+class _Factors(Transformation):
+    """Elementwise factors drawn as powers of two, 2^−`spread` to 2^`spread`, fixed by the shapes and the seed."""
+
+    def __init__(self, spread: int = 5, seed: int = 0):
+        self.spread, self.seed = spread, seed
+
+    def shape(self, p: Tensor) -> tuple[int, ...]:
+        return tuple(p.shape)
+
+    def draw(self, p: Tensor, generator: torch.Generator) -> Tensor:
+        exponents = torch.randint(-self.spread, self.spread + 1, self.shape(p), generator=generator)
+        return torch.exp2(exponents.to(p.dtype)).to(p.device)
+
+    def factors(self, params: Params) -> Params:
+        generator = torch.Generator().manual_seed(self.seed)
+        return [self.draw(p, generator) for p in params]
+
+    def forward(self, params):
+        return [p / u for p, u in zip(params, self.factors(params), strict=True)]
+
+    def back(self, params):
+        return [p * u for p, u in zip(params, self.factors(params), strict=True)]
+
+
+class DiagonalGradient(_Factors):
+    """The gradient alone is multiplied by a positive diagonal D; parameters and loss stay (Kingma & Ba, 2015, section 2.1)."""
+
+    name = "diagonal gradient"
+
+    def forward(self, params):
+        return [p.clone() for p in params]
+
+    def back(self, params):
+        return params
+
+    def gradient(self, grads):
+        return [g * d for g, d in zip(grads, self.factors(grads), strict=True)]
+
+
+class UniformUnits(_Factors):
+    """All parameters in one other unit: x = u·x̃."""
+
+    name = "uniform units"
+
+    def __init__(self, u: float = 2.0**4):
+        self.u = u
+
+    def factors(self, params):
+        return [torch.tensor(self.u, dtype=p.dtype, device=p.device) for p in params]
+
+
+class TensorUnits(_Factors):
+    """Every tensor in its own unit: x_b = u_b·x̃_b."""
+
+    name = "units per tensor"
+
+    def shape(self, p):
+        return ()
+
+
+class CoordinateUnits(_Factors):
+    """Every coordinate in its own unit: x = u∘x̃."""
+
+    name = "units per coordinate"
+
+
+class Sign(_Factors):
+    """Some coordinates change their sign: x = ±x̃."""
+
+    name = "sign"
+
+    def draw(self, p, generator):
+        return (2 * torch.randint(0, 2, self.shape(p), generator=generator) - 1).to(p)
+
+
+class Rotation(Transformation):
+    """Every tensor is turned by an orthogonal matrix along its first dimension: x = Q x̃.  Exact only up to rounding."""
+
+    name = "rotation"
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def _matrices(self, params):
+        generator = torch.Generator().manual_seed(self.seed)
+        return [
+            torch.linalg.qr(torch.randn(len(p), len(p), generator=generator, dtype=torch.float64)).Q.to(p) for p in params
+        ]
+
+    def forward(self, params):
+        return [torch.tensordot(q.T, p, 1) for p, q in zip(params, self._matrices(params), strict=True)]
+
+    def back(self, params):
+        return [torch.tensordot(q, p, 1) for p, q in zip(params, self._matrices(params), strict=True)]
+
+
+class Translation(Transformation):
+    """The origin moves: x = x̃ + t.  Exact only up to rounding."""
+
+    name = "translation"
+
+    def __init__(self, size: float = 1.0, seed: int = 0):
+        self.size, self.seed = size, seed
+
+    def _shifts(self, params):
+        generator = torch.Generator().manual_seed(self.seed)
+        return [self.size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in params]
+
+    def forward(self, params):
+        return [p - t for p, t in zip(params, self._shifts(params), strict=True)]
+
+    def back(self, params):
+        return [p + t for p, t in zip(params, self._shifts(params), strict=True)]
+
+
+def groups() -> list[Transformation]:
+    """The transformations of the atlas, in its order."""
+    return [
+        LossScale(), DiagonalGradient(), UniformUnits(), TensorUnits(), CoordinateUnits(), Sign(), Rotation(), Translation(),
+    ]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The verdict on one optimizer under one transformation.
+
+    Attributes:
+        transformation: its name.
+        verdict: "bit-exact" (torch.equal after every step), "rounding" (within `bound` throughout) or "broken".
+        step: the first step at which the trajectories differ by more than rounding; None unless broken.
+        size: the largest relative difference between the trajectories, ‖x − back(x̃)‖/‖x‖.
+        bound: the rounding bound, same measure (see `certify`).
+        steps: how many steps were compared.
+    """
+
+    transformation: str
+    verdict: str
+    step: int | None
+    size: float
+    bound: float
+    steps: int
+
+    def __str__(self) -> str:
+        if self.verdict == "bit-exact":
+            return f"{self.transformation}: bit-exact over {self.steps} steps"
+        if self.verdict == "rounding":
+            return f"{self.transformation}: exact up to rounding ({self.size:.0e} ≤ {self.bound:.0e}) over {self.steps} steps"
+        return f"{self.transformation}: broken at step {self.step}, by {self.size:.0e} within {self.steps} steps"
+
+
+def trajectory(
+    optimizer: Callable[[Params], torch.optim.Optimizer], problem: Problem, transformation: Transformation, steps: int,
+    nudge: float = 0.0,
+) -> list[Params]:
+    """Run the optimizer on the transformed problem; the parameters after every step, mapped back.
+
+    `nudge` disturbs every parameter by that relative amount after every step (for the rounding bound).
+    """
+    params = [torch.nn.Parameter(p) for p in transformation.forward(problem.start)]
+    opt = optimizer(params)
+    if callable(getattr(opt, "train", None)):
+        opt.train()
+    noise = torch.Generator().manual_seed(1)
+    path = []
+    for k in range(steps):
+
+        def closure(k=k):
+            opt.zero_grad()
+            loss = transformation.loss_factor() * problem.loss(transformation.back(params), k)
+            loss.backward()
+            shown = transformation.gradient([p.grad for p in params])
+            for p, g in zip(params, shown, strict=True):
+                p.grad = g
+            return loss.detach()
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step(closure)
+        with torch.no_grad():
+            if nudge:
+                for p in params:
+                    p.mul_(1 + nudge * (2 * torch.rand(p.shape, generator=noise, dtype=torch.float64) - 1).to(p))
+            path.append([p.detach().clone() for p in transformation.back(params)])
+    return path
+
+
+def _gap(x: Params, y: Params) -> float:
+    """‖x − y‖/‖x‖ over all tensors, in float64; inf where either is not finite."""
+    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(x, y, strict=True))
+    gap = (difference / sum(a.double().square().sum() for a in x)).sqrt().item()
+    return gap if math.isfinite(gap) else math.inf
+
+
+def certify(
+    optimizer: Callable[[Params], torch.optim.Optimizer], transformation: Transformation, problem: Problem, *, steps: int = 50,
+) -> Certificate:
+    """Compare an optimizer's run on a problem with its run on the transformed problem.
+
+    Args:
+        optimizer: makes the optimizer from a list of parameters.
+        transformation: see `groups`.
+        problem: where to run, for instance `network_problem()`.
+        steps: how many steps to compare.
+
+    The rounding bound is measured, not guessed: it is 64 times the largest drift, over the same steps, of a control
+    run of the untransformed problem in which every parameter is disturbed by one machine epsilon after every step.
+    So it accounts for how much this problem and this optimizer amplify rounding.
+
+    Raises:
+        ValueError: if the run on the original problem is not finite.
+    """
+    identity = Transformation()
+    epsilon = torch.finfo(problem.start[0].dtype).eps
+    original = trajectory(optimizer, problem, identity, steps)
+    mapped = trajectory(optimizer, problem, transformation, steps)
+    control = trajectory(optimizer, problem, identity, steps, nudge=epsilon)
+    exact = all(torch.equal(a, b) for x, y in zip(original, mapped, strict=True) for a, b in zip(x, y, strict=True))
+    gaps = [_gap(x, y) for x, y in zip(original, mapped, strict=True)]
+    if not all(torch.isfinite(p).all() for p in original[-1]):
+        raise ValueError("the optimizer's run on the original problem is not finite; choose another setting or problem.")
+    bound = 64 * max(epsilon, *(_gap(x, y) for x, y in zip(original, control, strict=True)))
+    broken = next((k for k, gap in enumerate(gaps, 1) if gap > bound), None)
+    verdict = "bit-exact" if exact else "rounding" if broken is None else "broken"
+    return Certificate(transformation.name, verdict, broken, max(gaps), bound, steps)
+
+
+def network_problem(
+    dtype: torch.dtype = torch.float64, *, widths: tuple[int, ...] = (40, 16, 10), bias: bool = True, batch: int = 64, seed: int = 0
+) -> Problem:
+    """A tanh network on MNIST-1D, one batch a step: weights of shape [out, in], then the layer's bias [out].
+
+    No partial derivative is ever exactly zero, so that optimizers with ε = 0 that do not guard 0/0 can run.
+    """
+    from .tasks import get
+
+    data = get("mnist1d-cnn").load()
+    x, y = data.x_train.to(dtype), data.y_train
+    generator = torch.Generator().manual_seed(seed)
+    start = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        start.append((torch.randn(fan_out, fan_in, generator=generator, dtype=torch.float64) / fan_in**0.5).to(dtype))
+        if bias:
+            start.append((torch.randn(fan_out, generator=generator, dtype=torch.float64) * 0.1).to(dtype))
+    orders = torch.stack([torch.randperm(len(x), generator=generator)[:batch] for _ in range(64)])
+
+    def loss(params: Params, step: int) -> Tensor:
+        now = orders[step % len(orders)]
+        h = x[now]
+        layers = [params[i : i + 2] if bias else [params[i], None] for i in range(0, len(params), 2 if bias else 1)]
+        for i, (weight, b) in enumerate(layers):
+            h = F.linear(torch.tanh(h) if i else h, weight, b)
+        return F.cross_entropy(h, y[now])
+
+    return Problem(start, loss)

@@ -1,0 +1,77 @@
+"""One visual language: a style, a colour and a line for each optimizer, curves with seed bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+
+from .contenders import CONTENDERS
+
+__all__ = ["COLOURS", "band", "dots_with_range", "style_of", "use_style"]
+
+# Okabe and Ito's palette, told apart by readers with any of the common colour-vision deficiencies.
+COLOURS = {
+    "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2", "vermilion": "#D55E00",
+    "purple": "#CC79A7", "black": "#222222", "grey": "#888888",
+}
+
+_STYLES = {
+    "sgd": ("grey", "-"), "momentum": ("grey", "--"), "adam": ("black", "-"), "adamw": ("black", "-"),
+    "adamw-default": ("black", ":"), "adamw-0.98": ("black", "--"), "amsgrad": ("grey", "-."), "rmsprop": ("sky", "--"),
+    "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-sgd": ("sky", ":"), "prodigy": ("purple", "-"),
+    "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "momo-adam": ("orange", ":"), "schedule-free": ("green", ":"),
+    "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "-"), "psdasgd-tensor": ("vermilion", "-"),
+}
+
+
+def use_style() -> None:
+    """Set the book's figure style: white card, sharp on every screen, large enough on a phone."""
+    mpl.rcParams.update({
+        "figure.figsize": (7, 4), "figure.dpi": 110, "savefig.dpi": 110, "figure.facecolor": "white",
+        "axes.facecolor": "white", "savefig.facecolor": "white", "figure.constrained_layout.use": True, "font.size": 11,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        "axes.prop_cycle": mpl.cycler(color=[COLOURS[c] for c in ("blue", "vermilion", "green", "orange", "purple", "sky", "black")]),
+        "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8,
+    })
+
+
+def style_of(name: str) -> dict:
+    """Line colour, dash and label of an optimizer (a contender's name), the same on every page."""
+    colour, dash = _STYLES.get(name, ("black", "-"))
+    label = CONTENDERS[name].label if name in CONTENDERS else name
+    return {"color": COLOURS[colour], "linestyle": dash, "label": label}
+
+
+def band(ax, x: Sequence[float], curves, **style) -> None:
+    """Draw the mean over seeds as a line and lowest to highest as a band.
+
+    Args:
+        ax: where to draw.
+        x: [points], shared by all seeds.
+        curves: [seeds, points].
+        style: for the line, such as `style_of(name)`.
+    """
+    curves = np.asarray(curves, dtype=float)
+    (line,) = ax.plot(x, curves.mean(0), **style)
+    ax.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
+
+
+def dots_with_range(ax, labels: Sequence[str], values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+    """One row a label: a dot at the mean over seeds and a bar from the lowest to the highest, best at the top.
+
+    Args:
+        ax: where to draw.
+        labels: one a row, from top to bottom.
+        values: for each row the values of the seeds.
+        colours: one a row.
+    """
+    for row, (numbers, colour) in enumerate(zip(values, colours, strict=True)):
+        ax.plot([min(numbers), max(numbers)], [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="round")
+        ax.plot(np.mean(numbers), row, "o", color=colour)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+
