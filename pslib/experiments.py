@@ -85,12 +85,13 @@ def _comparison(task: str, seeds: int) -> list[RunSpec]:
     ]
 
 
-def _initial_scale(seeds: int) -> list[RunSpec]:
-    chosen = [("psdasgd-tensor", {}), ("psdasgd-model", {}), ("ps-sps", {}), ("prodigy", {})]
-    chosen += [("adamw", {"lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0}) for lr in (3e-3, 1e-2, 3e-2)]
+def _initial_scale(task: str, scales: tuple[float, ...], seeds: int) -> list[RunSpec]:
+    chosen = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {}), ("ps-sps", "ps-sps", {})]
+    chosen += [("prodigy-0.98", "prodigy", {"betas": [0.9, 0.98]})]
+    chosen += [("adamw", "adamw", {"lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0}) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
     return [
-        RunSpec("mnist1d-cnn", name, name, settings, init_scale=scale, seed=seed)
-        for seed in range(seeds) for scale in (1 / 8, 8.0) for name, settings in chosen
+        RunSpec(task, name, optimizer, settings, init_scale=scale, seed=seed)
+        for seed in range(seeds) for scale in scales for name, optimizer, settings in chosen
     ]
 
 
@@ -98,7 +99,8 @@ EXPERIMENTS: dict[str, list[RunSpec]] = {
     "mnist1d-cnn": _comparison("mnist1d-cnn", 5),
     "digits-mlp": _comparison("digits-mlp", 5),
     "chars-transformer": _comparison("chars-transformer", 3),
-    "initial-scale": _initial_scale(5),
+    "initial-scale": _initial_scale("mnist1d-cnn", (1 / 8, 8.0), 5),
+    "initial-scale-deeper": _initial_scale("mnist1d-cnn3", (8.0,), 2),
 }
 
 PRESETS = {"cpu": None, "smoke": 5}

@@ -10,21 +10,29 @@ Works with every `torch.optim.Optimizer` whose `step` takes a closure, third-par
 
 from __future__ import annotations
 
+import html
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    "Certificate", "DiagonalGradient", "LossScale", "Problem", "Rotation", "Sign", "TensorUnits", "Transformation",
-    "Translation", "UniformUnits", "CoordinateUnits", "certify", "groups", "network_problem",
+    "Certificate", "CoordinateUnits", "DiagonalGradient", "LossScale", "Problem", "Rotation", "Sign", "TensorUnits",
+    "Transformation", "Translation", "UniformUnits", "as_html", "as_text", "atlas", "certify", "draw", "groups",
+    "network_problem",
 ]
 
 Params = list[Tensor]
+OptimizerFactory = Callable[[Params], torch.optim.Optimizer]
+Atlas = Mapping[str, Mapping[str, "Certificate"]]
+
+VACUOUS = 0.01  # a rounding bound above one per cent tells nothing
+SYMBOLS = {"bit-exact": "=", "rounding": "≈", "broken": "×"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Problem:
 
 
 class Transformation:
-    """A change of description.  x̃ = `forward`(x), x = `back`(x̃); the loss is that of the mapped-back parameters.
+    """A change of description.  x̃ = ``forward``\ (x), x = ``back``\ (x̃); the loss is that of the mapped-back parameters.
 
     Subclasses override what differs from the identity.  `seed` draws whatever is random, once.
     """
@@ -153,7 +161,11 @@ class Sign(_Factors):
 
 
 class Rotation(Transformation):
-    """Every tensor is turned by an orthogonal matrix along its first dimension: x = Q x̃.  Exact only up to rounding."""
+    """Every tensor is turned by an orthogonal matrix along its first dimension: x = Q x̃.  Exact only up to rounding.
+
+    For a weight [out, in] that mixes its rows: a subgroup of all rotations of the parameter vector, which is enough
+    to break an optimizer, and the largest one that a method made for matrices can respect from the left.
+    """
 
     name = "rotation"
 
@@ -205,11 +217,11 @@ class Certificate:
 
     Attributes:
         transformation: its name.
-        verdict: "bit-exact" (torch.equal after every step), "rounding" (within `bound` throughout) or "broken".
-        step: the first step at which the trajectories differ by more than rounding; None unless broken.
-        size: the largest relative difference between the trajectories, ‖x − back(x̃)‖/‖x‖.
-        bound: the rounding bound, same measure (see `certify`).
-        steps: how many steps were compared.
+        verdict: "bit-exact" (torch.equal after every step), "rounding" (within the bound after every step) or "broken".
+        step: the first step after which the trajectories differ by more than the bound; None unless broken.
+        size: the largest relative difference between the trajectories, ‖x − back(x̃)‖/‖x‖ over all tensors.
+        bound: the rounding bound in the same measure, at `step` if broken, otherwise at the last step (see `certify`).
+        steps: how many steps were compared; fewer than asked for where rounding alone makes a difference of 1 %.
     """
 
     transformation: str
@@ -219,27 +231,37 @@ class Certificate:
     bound: float
     steps: int
 
+    @property
+    def symbol(self) -> str:
+        """The verdict as one character: = bit-exact, ≈ rounding, × broken."""
+        return SYMBOLS[self.verdict]
+
     def __str__(self) -> str:
         if self.verdict == "bit-exact":
             return f"{self.transformation}: bit-exact over {self.steps} steps"
         if self.verdict == "rounding":
             return f"{self.transformation}: exact up to rounding ({self.size:.0e} ≤ {self.bound:.0e}) over {self.steps} steps"
-        return f"{self.transformation}: broken at step {self.step}, by {self.size:.0e} within {self.steps} steps"
+        return f"{self.transformation}: broken from step {self.step} on, by {self.size:.0e} within {self.steps} steps"
 
 
 def trajectory(
-    optimizer: Callable[[Params], torch.optim.Optimizer], problem: Problem, transformation: Transformation, steps: int,
-    nudge: float = 0.0,
+    optimizer: OptimizerFactory, problem: Problem, transformation: Transformation, steps: int, nudge: float = 0.0
 ) -> list[Params]:
     """Run the optimizer on the transformed problem; the parameters after every step, mapped back.
 
-    `nudge` disturbs every parameter by that relative amount after every step (for the rounding bound).
+    `nudge` disturbs every number at the start and after every step, by at most that fraction of the largest entry of
+    its tensor (for the rounding bound).
     """
-    params = [torch.nn.Parameter(p) for p in transformation.forward(problem.start)]
+    noise = torch.Generator().manual_seed(1)
+
+    def disturb(p: Tensor) -> Tensor:
+        return p + nudge * p.abs().max() * (2 * torch.rand(p.shape, generator=noise, dtype=torch.float64) - 1).to(p)
+
+    start = transformation.forward(problem.start)
+    params = [torch.nn.Parameter(disturb(p) if nudge else p) for p in start]
     opt = optimizer(params)
     if callable(getattr(opt, "train", None)):
         opt.train()
-    noise = torch.Generator().manual_seed(1)
     path = []
     for k in range(steps):
 
@@ -258,7 +280,7 @@ def trajectory(
         with torch.no_grad():
             if nudge:
                 for p in params:
-                    p.mul_(1 + nudge * (2 * torch.rand(p.shape, generator=noise, dtype=torch.float64) - 1).to(p))
+                    p.copy_(disturb(p))
             path.append([p.detach().clone() for p in transformation.back(params)])
     return path
 
@@ -270,8 +292,36 @@ def _gap(x: Params, y: Params) -> float:
     return gap if math.isfinite(gap) else math.inf
 
 
+def _reference(optimizer: OptimizerFactory, problem: Problem, steps: int) -> tuple[list[Params], list[float]]:
+    """The run on the original problem, and the rounding bound after each of its steps."""
+    identity = Transformation()
+    original = trajectory(optimizer, problem, identity, steps)
+    if not all(torch.isfinite(p).all() for p in original[-1]):
+        raise ValueError("the optimizer's run on the original problem is not finite; choose another setting or problem.")
+    epsilon = torch.finfo(problem.start[0].dtype).eps
+    control = trajectory(optimizer, problem, identity, steps, nudge=epsilon)
+    drift = accumulate((_gap(x, y) for x, y in zip(original, control, strict=True)), max)
+    return original, [64 * max(epsilon, d) for d in drift]
+
+
+def _certificate(original: list[Params], bounds: list[float], mapped: list[Params], name: str) -> Certificate:
+    exact = all(torch.equal(a, b) for x, y in zip(original, mapped, strict=True) for a, b in zip(x, y, strict=True))
+    gaps = [_gap(x, y) for x, y in zip(original, mapped, strict=True)]
+    if exact:
+        return Certificate(name, "bit-exact", None, 0.0, bounds[-1], len(gaps))
+    pairs = enumerate(zip(gaps, bounds, strict=True), 1)
+    broken = next((k for k, (gap, bound) in pairs if gap > bound and bound < VACUOUS), None)
+    if broken:
+        return Certificate(name, "broken", broken, max(gaps), bounds[broken - 1], len(gaps))
+    told = sum(bound < VACUOUS for bound in bounds)
+    if not told:
+        raise ValueError("this run amplifies rounding so much that nothing can be certified; choose another setting or problem.")
+    return Certificate(name, "rounding", None, max(gaps[:told]), bounds[told - 1], told)
+
+
 def certify(
-    optimizer: Callable[[Params], torch.optim.Optimizer], transformation: Transformation, problem: Problem, *, steps: int = 50,
+    optimizer: OptimizerFactory, transformation: Transformation, problem: Problem, *, steps: int = 50,
+    carried: OptimizerFactory | None = None,
 ) -> Certificate:
     """Compare an optimizer's run on a problem with its run on the transformed problem.
 
@@ -280,27 +330,104 @@ def certify(
         transformation: see `groups`.
         problem: where to run, for instance `network_problem()`.
         steps: how many steps to compare.
+        carried: makes the optimizer of the transformed run, when its settings have units and are to be changed along
+            with the problem (the same one by default).
 
-    The rounding bound is measured, not guessed: it is 64 times the largest drift, over the same steps, of a control
-    run of the untransformed problem in which every parameter is disturbed by one machine epsilon after every step.
-    So it accounts for how much this problem and this optimizer amplify rounding.
+    The rounding bound is measured, not guessed: after step k it is 64 times the largest drift, over the first k steps,
+    of a control run of the untransformed problem in which every parameter is disturbed, at the start and after every
+    step, by up to one machine epsilon of its tensor's largest entry (and it is at least 64 machine epsilons).  So it
+    accounts for how much this problem and this optimizer amplify rounding.
 
     Raises:
-        ValueError: if the run on the original problem is not finite.
+        ValueError: if the run on the original problem is not finite, or so chaotic that no step can be compared.
     """
-    identity = Transformation()
-    epsilon = torch.finfo(problem.start[0].dtype).eps
-    original = trajectory(optimizer, problem, identity, steps)
-    mapped = trajectory(optimizer, problem, transformation, steps)
-    control = trajectory(optimizer, problem, identity, steps, nudge=epsilon)
-    exact = all(torch.equal(a, b) for x, y in zip(original, mapped, strict=True) for a, b in zip(x, y, strict=True))
-    gaps = [_gap(x, y) for x, y in zip(original, mapped, strict=True)]
-    if not all(torch.isfinite(p).all() for p in original[-1]):
-        raise ValueError("the optimizer's run on the original problem is not finite; choose another setting or problem.")
-    bound = 64 * max(epsilon, *(_gap(x, y) for x, y in zip(original, control, strict=True)))
-    broken = next((k for k, gap in enumerate(gaps, 1) if gap > bound), None)
-    verdict = "bit-exact" if exact else "rounding" if broken is None else "broken"
-    return Certificate(transformation.name, verdict, broken, max(gaps), bound, steps)
+    original, bounds = _reference(optimizer, problem, steps)
+    mapped = trajectory(carried or optimizer, problem, transformation, steps)
+    return _certificate(original, bounds, mapped, transformation.name)
+
+
+def atlas(
+    optimizers: Mapping[str, OptimizerFactory], problem: Problem, *, transformations: Iterable[Transformation] | None = None,
+    steps: int = 50,
+) -> dict[str, dict[str, Certificate]]:
+    """Certify every optimizer under every transformation.
+
+    Args:
+        optimizers: what each row is called, and the optimizer's factory.
+        problem: where to run.
+        transformations: the columns, default `groups`.
+        steps: how many steps to compare.
+
+    Returns:
+        {row: {transformation's name: Certificate}}; print it with `as_text`, show it with `as_html` or `draw`.
+    """
+    columns = groups() if transformations is None else list(transformations)
+    table = {}
+    for row, optimizer in optimizers.items():
+        original, bounds = _reference(optimizer, problem, steps)
+        table[row] = {
+            t.name: _certificate(original, bounds, trajectory(optimizer, problem, t, steps), t.name) for t in columns
+        }
+    return table
+
+
+def as_text(table: Atlas) -> str:
+    """The verdicts as a plain-text table of symbols (= bit-exact, ≈ rounding, × broken)."""
+    columns = list(next(iter(table.values())))
+    width = max(map(len, table))
+    lines = [f"{i}. {name}" for i, name in enumerate(columns, 1)]
+    lines += ["", " " * width + "".join(f"{i:>3}" for i in range(1, len(columns) + 1))]
+    lines += [row.ljust(width) + "".join(f"{c.symbol:>3}" for c in cells.values()) for row, cells in table.items()]
+    return "\n".join(lines)
+
+
+def _magnitude(size: float) -> str:
+    return "∞" if math.isinf(size) else f"1e{math.floor(math.log10(size) + 0.5):d}"
+
+
+def as_html(table: Atlas, caption: str) -> str:
+    """The certificates as an HTML table in words, with row and column headers: verdict, first step, order of size."""
+    def words(c: Certificate) -> str:
+        if c.verdict == "bit-exact":
+            return "= bit-exact"
+        if c.verdict == "rounding":
+            return f"≈ rounding, {_magnitude(c.size)}"
+        return f"× broken, step {c.step}, {_magnitude(c.size)}"
+
+    columns = next(iter(table.values()))
+    rows = ["".join(["<th scope='col'>optimizer</th>", *(f"<th scope='col'>{html.escape(name)}</th>" for name in columns)])]
+    for row, cells in table.items():
+        rows.append(f"<th scope='row'>{html.escape(row)}</th>" + "".join(f"<td>{words(c)}</td>" for c in cells.values()))
+    return (
+        f"<table class='dataframe'><caption>{html.escape(caption)}</caption><thead><tr>{rows[0]}</tr></thead><tbody>"
+        + "".join(f"<tr>{row}</tr>" for row in rows[1:]) + "</tbody></table>"
+    )
+
+
+def draw(table: Atlas, ax) -> None:
+    """Draw the verdicts as a grid of colours and symbols; under ≈ and × the order of magnitude of the difference.
+
+    Args:
+        table: from `atlas`.
+        ax: matplotlib axes, about 0.8 inches a column and 0.33 a row.
+    """
+    look = {"bit-exact": ("#0072B2", "white"), "rounding": ("#9BD0F0", "black"), "broken": ("#FBE3B6", "black")}
+    columns = list(next(iter(table.values())))
+    for y, cells in enumerate(table.values()):
+        for x, c in enumerate(cells.values()):
+            face, ink = look[c.verdict]
+            ax.fill_between([x - 0.5, x + 0.5], y - 0.5, y + 0.5, facecolor=face, edgecolor="white", linewidth=1.5)
+            side = 0 if c.verdict == "bit-exact" else -0.22
+            ax.text(x + side, y, c.symbol, color=ink, ha="center", va="center", fontweight="bold", fontsize=12)
+            if c.verdict != "bit-exact":
+                ax.text(x + 0.16, y, _magnitude(c.size), color=ink, ha="center", va="center", fontsize=8)
+    ax.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
+    ax.set_yticks(range(len(table)), list(table))
+    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(table) - 0.5, -0.5))
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
 
 
 def network_problem(

@@ -270,7 +270,7 @@ class PSSPS(ParameterScaled):
 
     @property
     def distance(self) -> Tensor:
-        """The last Polyak step as a distance, ηG/a, one number a block, in the parameter's units: what δ is to PSDASGD."""
+        """The last Polyak step as a distance, ηG/a (what δ is to PSDASGD), one number a block, in the parameter's units."""
         return self._block_values("distance", lambda group: 1.0)
 
 
@@ -291,7 +291,7 @@ class PSDASGD(ParameterScaled):
         betas: decay rates (β₁ of the momentum, β₂ of the second moment).
         eps: added to √v̂, in the gradient's units [f]/[x]; the default 0 keeps every invariance exact.
         d0: the first distance.  per="model": in the parameter's units, default 1e-6.  per="tensor": in units of
-            each tensor's own root mean square, default 2⁻⁶.
+            each tensor's own root mean square, default 2⁻⁸.
         per: "model", one distance for all parameters (the paper's reading), or "tensor", one for each.
         scaling: "none" (D-Adapt SGD), "rmsprop", "adam", "amsgrad", "adagrad", or a `pslib.scalings.Scaling`.
         weight_decay: decoupled; the fraction of the parameter removed per step, times γ.  No units.
@@ -311,7 +311,7 @@ class PSDASGD(ParameterScaled):
         maximize: bool = False,
     ):
         if d0 is None:
-            d0 = 2.0**-6 if per == "tensor" else 1e-6
+            d0 = 2.0**-8 if per == "tensor" else 1e-6
         _require(_number(d0) and 0 < d0 < math.inf, f"d0 must be a finite number > 0, not {d0!r}.")
         _require(_number(growth_rate) and growth_rate > 1, f"growth_rate must be > 1, not {growth_rate!r}.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)

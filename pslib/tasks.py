@@ -117,18 +117,17 @@ def _characters() -> Data:
 
 
 class Convolutional(nn.Module):
-    """Three strided 1-D convolutions and a linear layer, ReLU between, no normalisation."""
+    """Strided 1-D convolutions and a linear layer, ReLU between, no normalisation."""
 
-    def __init__(self, classes: int, channels: int = 25):
+    def __init__(self, classes: int, depth: int = 2, channels: int = 32):
         super().__init__()
-        self.conv1 = nn.Conv1d(1, channels, 5, stride=2, padding=1)
-        self.conv2 = nn.Conv1d(channels, channels, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv1d(channels, channels, 3, stride=2, padding=1)
-        self.head = nn.Linear(5 * channels, classes)
+        sizes = [1] + depth * [channels]
+        self.convs = nn.ModuleList(nn.Conv1d(i, o, 5, stride=2, padding=2) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.head = nn.Linear(channels * 40 // 2**depth, classes)
 
     def forward(self, x):
         x = x.unsqueeze(1)
-        for conv in (self.conv1, self.conv2, self.conv3):
+        for conv in self.convs:
             x = F.relu(conv(x))
         return self.head(x.flatten(1))
 
@@ -179,7 +178,7 @@ TASKS = {
     t.name: t
     for t in (
         Task("mnist1d-cnn", "MNIST-1D, convolutional network", _mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy"),
-        Task("mnist1d-mlp", "MNIST-1D, perceptron", _mnist1d, lambda d: mlp(40, d.classes), 100, 1600, "accuracy"),
+        Task("mnist1d-cnn3", "MNIST-1D, three convolutions", _mnist1d, lambda d: Convolutional(d.classes, 3), 100, 1600, "accuracy"),
         Task("digits-mlp", "digits, perceptron", _digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy"),
         Task("chars-transformer", "characters, transformer", _characters, lambda d: CharacterTransformer(d.classes), 16, 300, "loss"),
     )
