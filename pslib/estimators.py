@@ -94,7 +94,7 @@ class Blocks:
 
     def spread(self, values: Tensor) -> list[Tensor]:
         """Block values as a list with one 0-dimensional tensor a parameter."""
-        return [v.clone() for v in values.expand(len(self.entries)).unbind()]
+        return list(values.expand(len(self.entries)).unbind())
 
 
 class Estimator:

@@ -36,7 +36,11 @@ GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-4, 3e-1)
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One training run, fully declared."""
+    """One training run, fully declared.
+
+    `init_scale` multiplies every initial parameter; `rescale` multiplies the first layer and divides the second, which
+    leaves the function as it is (`pslib.tasks.Convolutional.rescale`).
+    """
 
     task: str
     contender: str
@@ -44,6 +48,7 @@ class RunSpec:
     settings: dict = field(default_factory=dict)
     init_scale: float = 1.0
     seed: int = 0
+    rescale: float = 1.0
 
     @property
     def slug(self) -> str:
@@ -53,6 +58,8 @@ class RunSpec:
             parts.append(f"lr{self.settings['lr']:g}")
         if self.init_scale != 1:
             parts.append(f"init{self.init_scale:g}")
+        if self.rescale != 1:
+            parts.append(f"rescale{self.rescale:g}")
         return "-".join([*parts, f"seed{self.seed}"])
 
     def file(self, folder: Path) -> Path:
@@ -95,11 +102,23 @@ def _initial_scale(task: str, scales: tuple[float, ...], seeds: int) -> list[Run
     ]
 
 
+def _units(seeds: int) -> list[RunSpec]:
+    """One function in five descriptions; AdamW at the rates that do best in the usual one."""
+    chosen = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {})]
+    chosen += [("prodigy-0.98", "prodigy", {"betas": [0.9, 0.98]})]
+    chosen += [("adamw", "adamw", {"lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0}) for lr in (1e-2, 3e-2)]
+    return [
+        RunSpec("mnist1d-cnn", name, optimizer, settings, seed=seed, rescale=2.0**exponent)
+        for seed in range(seeds) for exponent in (-10, -5, 0, 5, 10) for name, optimizer, settings in chosen
+    ]
+
+
 EXPERIMENTS: dict[str, list[RunSpec]] = {
     "mnist1d-cnn": _comparison("mnist1d-cnn", 5),
     "digits-mlp": _comparison("digits-mlp", 5),
     "chars-transformer": _comparison("chars-transformer", 3),
     "initial-scale": _initial_scale("mnist1d-cnn", (1 / 8, 8.0), 5),
+    "units": _units(3),
     "initial-scale-deeper": _initial_scale("mnist1d-cnn3", (8.0,), 2),
 }
 
@@ -165,7 +184,7 @@ def _finite(value: float) -> float | None:
 def _run(spec: RunSpec, steps: int | None) -> History:
     return train(
         spec.task, lambda params: contenders.make(spec.optimizer, params, **spec.settings), seed=spec.seed, steps=steps,
-        init_scale=spec.init_scale,
+        init_scale=spec.init_scale, prepare=None if spec.rescale == 1 else lambda model: model.rescale(spec.rescale),
     )
 
 
@@ -242,10 +261,11 @@ def _declared(name: str) -> list[RunSpec]:
 
 
 def by_setting(records: Iterable[Record]) -> dict[tuple, list[Record]]:
-    """Group the seeds: (contender, learning rate or None, initial scale) → its records."""
+    """Group the seeds: (contender, learning rate or None, initial scale, rescale) → its records."""
     grouped: dict[tuple, list[Record]] = {}
     for r in records:
-        grouped.setdefault((r.spec.contender, r.spec.settings.get("lr"), r.spec.init_scale), []).append(r)
+        s = r.spec
+        grouped.setdefault((s.contender, s.settings.get("lr"), s.init_scale, s.rescale), []).append(r)
     return grouped
 
 
@@ -260,7 +280,7 @@ def best(records: Iterable[Record]) -> dict[str, list[Record]]:
     sign = -1 if tasks.get(records[0].spec.task).metric == "accuracy" else 1
     ranked = sorted(by_setting(records).items(), key=lambda item: sign * np.mean([metric(r) for r in item[1]]))
     chosen: dict[str, list[Record]] = {}
-    for (name, _, _), group in ranked:
+    for (name, *_), group in ranked:
         chosen.setdefault(name, group)
     return chosen
 

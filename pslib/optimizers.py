@@ -21,7 +21,7 @@ from torch import Tensor
 from . import scalings
 from .estimators import Blocks, DAdaptation, Entry, Estimator, Fixed, Polyak, over_scaling
 
-__all__ = ["PSDASGD", "PSSPS", "ScaledSGD"]
+__all__ = ["PSDASGD", "PSSPS", "ParameterScaled", "ScaledSGD"]
 
 
 def _require(ok: bool, sentence: str) -> None:
@@ -79,7 +79,13 @@ class ParameterScaled(torch.optim.Optimizer):
             _require(not p.is_complex(), "complex parameters are not supported; optimize torch.view_as_real(p) instead.")
 
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Tensor] | None, loss: Tensor | float | None):
+    def step(self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None):
+        """Take one step and return the loss, if there is one.
+
+        Args:
+            closure: re-evaluates the model with gradients and returns the loss.
+            loss: the loss at which the gradients were taken, for an estimator that needs it.
+        """
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -226,7 +232,7 @@ class ScaledSGD(ParameterScaled):
 
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the loss and returns it."""
-        return self._step(closure, None)
+        return super().step(closure)
 
 
 class PSSPS(ParameterScaled):
@@ -263,10 +269,6 @@ class PSSPS(ParameterScaled):
         _require(_number(growth_rate) and growth_rate >= 1, f"growth_rate must be ≥ 1, not {growth_rate!r}.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults, scaling=scaling, estimator=Polyak(c, f_star, d0, growth_rate), per="model")
-
-    def step(self, closure=None, *, loss=None):
-        """Take one step, given the loss at which the gradients were taken: `step(loss=loss)` or a closure."""
-        return self._step(closure, loss)
 
     @property
     def distance(self) -> Tensor:
@@ -320,7 +322,7 @@ class PSDASGD(ParameterScaled):
 
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the loss and returns it."""
-        return self._step(closure, None)
+        return super().step(closure)
 
     @property
     def distance(self) -> Tensor:

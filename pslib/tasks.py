@@ -131,6 +131,13 @@ class Convolutional(nn.Module):
             x = F.relu(conv(x))
         return self.head(x.flatten(1))
 
+    @torch.no_grad()
+    def rescale(self, c: float) -> None:
+        """Multiply the first layer by c > 0 and divide the second one's weights by c: the function stays the same."""
+        self.convs[0].weight.mul_(c)
+        self.convs[0].bias.mul_(c)
+        self.convs[1].weight.div_(c)
+
 
 def mlp(inputs: int, classes: int, width: int = 64) -> nn.Sequential:
     """A ReLU network with two hidden layers."""
