@@ -24,7 +24,7 @@ from torch.nn import functional as F
 __all__ = [
     "Certificate", "CoordinateUnits", "DiagonalGradient", "LossScale", "Problem", "Rotation", "Sign", "TensorUnits",
     "Transformation", "Translation", "UniformUnits", "as_html", "as_text", "atlas", "certify", "draw", "groups",
-    "network_problem",
+    "network_problem", "trajectory",
 ]
 
 Params = list[Tensor]
@@ -49,7 +49,7 @@ class Problem:
 
 
 class Transformation:
-    """A change of description.  x̃ = ``forward``\ (x), x = ``back``\ (x̃); the loss is that of the mapped-back parameters.
+    """A change of description: x̃ = forward(x), x = back(x̃); the loss is that of the mapped-back parameters.
 
     Subclasses override what differs from the identity.  `seed` draws whatever is random, once.
     """
@@ -421,7 +421,7 @@ def draw(table: Atlas, ax) -> None:
             ax.text(x + side, y, c.symbol, color=ink, ha="center", va="center", fontweight="bold", fontsize=12)
             if c.verdict != "bit-exact":
                 ax.text(x + 0.16, y, _magnitude(c.size), color=ink, ha="center", va="center", fontsize=8)
-    ax.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
+    ax.set_xticks(range(len(columns)), [name.replace(" ", "\n") for name in columns])
     ax.set_yticks(range(len(table)), list(table))
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(table) - 0.5, -0.5))
     ax.xaxis.tick_top()

@@ -21,9 +21,15 @@ COLOURS = {
 _STYLES = {
     "sgd": ("grey", "-"), "momentum": ("grey", "--"), "adam": ("black", "-"), "adamw": ("black", "-"),
     "adamw-default": ("black", ":"), "adamw-0.98": ("black", "--"), "amsgrad": ("grey", "-."), "rmsprop": ("sky", "--"),
-    "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-sgd": ("sky", ":"), "prodigy": ("purple", "-"),
+    "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-adam-0.98": ("sky", "-."), "dadapt-sgd": ("sky", ":"), "prodigy": ("purple", "-"),
     "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "momo-adam": ("orange", ":"), "schedule-free": ("green", ":"),
-    "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "-"), "psdasgd-tensor": ("vermilion", "-"),
+    "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "--"), "psdasgd-tensor": ("vermilion", "-"),
+}
+
+
+_VARIANTS = {
+    "adamw-0.98": "AdamW, β₂ = 0.98", "adamw-default": "AdamW, default", "prodigy-0.98": "Prodigy, β₂ = 0.98",
+    "dadapt-adam-0.98": "D-Adapt Adam, β₂ = 0.98",
 }
 
 
@@ -39,9 +45,9 @@ def use_style() -> None:
 
 
 def style_of(name: str) -> dict:
-    """Line colour, dash and label of an optimizer (a contender's name), the same on every page."""
+    """Line colour, dash and label of an optimizer (a contender's name, here or in the experiments), the same on every page."""
     colour, dash = _STYLES.get(name, ("black", "-"))
-    label = CONTENDERS[name].label if name in CONTENDERS else name
+    label = CONTENDERS[name].label if name in CONTENDERS else _VARIANTS.get(name, name)
     return {"color": COLOURS[colour], "linestyle": dash, "label": label}
 
 

@@ -69,7 +69,7 @@ class RescaledNetwork:
 
     @torch.no_grad()
     def move(self, alpha_sq: list[Tensor], carried: list[tuple[list[Tensor], int]] = ()) -> None:
-        """Change α and write x', and whatever else lives in the scaled space, in the new scale.
+        """Change α and write x', g' and whatever else lives in the scaled space in the new scale.
 
         Args:
             alpha_sq: the new α², one tensor a parameter.  Where it is 0 (a dead coordinate) the new scale is
@@ -77,7 +77,8 @@ class RescaledNetwork:
             carried: pairs (tensors, power): power +1 for vectors, −1 for covectors, −2 for squared covectors.
         """
         new = [torch.where(a > 0, a.sqrt(), old) for a, old in zip(alpha_sq, self.alpha, strict=True)]
-        for tensors, power in [(self.scaled, 1), *carried]:
+        grads = [p.grad for p in self.scaled]
+        for tensors, power in [(self.scaled, 1), (grads, -1), *carried]:
             for t, to, old in zip(tensors, new, self.alpha, strict=True):
                 for _ in range(abs(power)):
                     t.mul_(to / old if power > 0 else old / to)
@@ -133,10 +134,10 @@ class PolyakSGD(_PlainSGD):
 
     Args:
         params: the parameters.
-        lr, betas, c, f_star, d0, growth_rate: as in `pslib.PSSPS`.
+        lr, betas, c, d0, growth_rate, f_star: as in `pslib.PSSPS`.
     """
 
-    def __init__(self, params, lr=1.0, *, betas=(0.9, 0.98), c=0.2, f_star=0.0, d0=2.0**-8, growth_rate=2 ** (1 / 20)):
+    def __init__(self, params, lr=1.0, *, betas, c, d0, growth_rate, f_star=0.0):
         super().__init__(params, lr, betas, "model")
         self.c, self.f_star, self.d0, self.growth_rate, self.bound = c, f_star, d0, growth_rate, None
         entries = sum(p.numel() for p in self.start)
@@ -160,7 +161,7 @@ class DAdaptSGD(_PlainSGD):
         lr, betas, d0, per: as in `pslib.PSDASGD`.
     """
 
-    def __init__(self, params, lr=1.0, *, betas=(0.9, 0.98), d0=2.0**-6, per="tensor"):
+    def __init__(self, params, lr=1.0, *, betas, d0, per):
         super().__init__(params, lr, betas, per)
         rms = [(dot(p, p) / p.numel()).sqrt() for p in self.start]
         self.distance = d0 * torch.stack(rms) if per == "tensor" else torch.tensor([d0], dtype=torch.float64)
@@ -198,7 +199,12 @@ class _MomentumSGD:
         self.sgd.step()
 
 
-METHODS = {"fixed": (ScaledSGD, _MomentumSGD), "polyak": (PSSPS, PolyakSGD), "d-adaptation": (PSDASGD, DAdaptSGD)}
+# the adaptive optimizer, the plain one, and the settings that both are given
+METHODS = {
+    "fixed": (ScaledSGD, _MomentumSGD, {}),
+    "polyak": (PSSPS, PolyakSGD, {"c": 0.2, "d0": 2.0**-8, "growth_rate": 2 ** (1 / 20)}),
+    "d-adaptation": (PSDASGD, DAdaptSGD, {"d0": 2.0**-8, "per": "tensor"}),
+}
 
 
 @dataclass(frozen=True)
@@ -263,14 +269,13 @@ def _rescaled(task, seed, dtype, batches, scaling, make, beta2):
     opt = make(network.scaled)
     states = [{"step": 0, "exp_avg_sq": torch.zeros_like(p.detach())} for p in network.scaled]
     for inputs, targets in batches:
-        network.backward(inputs, targets)  # a look: α depends on this step's gradient
+        loss = network.backward(inputs, targets)
         alpha_sq = []
         for state, g in zip(states, network.original_gradient(), strict=True):
             state["step"] += 1
             state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
             alpha_sq.append(scaling.update(state, g, beta2, 0.0))
-        network.move(alpha_sq, opt.carried)
-        loss = network.backward(inputs, targets)  # the gradient that is used: autograd's, in the space of this step
+        network.move(alpha_sq, opt.carried)  # before the step, because Adam's α contains this step's gradient
         opt.step(loss, [a.sum(dtype=torch.float64) for a in alpha_sq])
         yield network.original(), opt
 
@@ -290,7 +295,8 @@ def side_by_side(
         lr: default 2⁻⁹ for "fixed" (a power of two: SGD's fused multiply-add then rounds as ScaledSGD does), else 1.
         betas: decay rates.
         control: also measure the rounding bound.
-        settings: for both optimizers of the method (`c`, `d0`, `growth_rate`, `per`).
+        settings: for both optimizers of the method; "polyak": `c` (default 0.2), `d0` (2⁻⁸), `growth_rate` (2^(1/20)),
+            `f_star` (0); "d-adaptation": `d0` (2⁻⁸), `per` ("tensor").
 
     The bound is that of `pslib.invariance.certify`: 64 times the drift, so far, of a control run of the adaptive
     optimizer in which every parameter is disturbed by up to one machine epsilon at the start and after every step.
@@ -302,7 +308,8 @@ def side_by_side(
         raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}.")
     task, scaling = get(task), scalings.get(scaling)
     lr = (2.0**-9 if method == "fixed" else 1.0) if lr is None else lr
-    adaptive, plain = METHODS[method]
+    adaptive, plain, defaults = METHODS[method]
+    settings = {**defaults, **settings}
     batches = _batches(task, steps, seed, dtype)
 
     def make(params):

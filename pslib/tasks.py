@@ -119,10 +119,12 @@ def _characters() -> Data:
 class Convolutional(nn.Module):
     """Strided 1-D convolutions and a linear layer, ReLU between, no normalisation."""
 
-    def __init__(self, classes: int, depth: int = 2, channels: int = 32):
+    def __init__(self, classes: int, depth: int = 2, channels: int = 32, kernel: int = 5):
         super().__init__()
         sizes = [1] + depth * [channels]
-        self.convs = nn.ModuleList(nn.Conv1d(i, o, 5, stride=2, padding=2) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.convs = nn.ModuleList(
+            nn.Conv1d(i, o, kernel, stride=2, padding=kernel // 2) for i, o in zip(sizes, sizes[1:], strict=False)
+        )
         self.head = nn.Linear(channels * 40 // 2**depth, classes)
 
     def forward(self, x):
@@ -185,7 +187,7 @@ TASKS = {
     t.name: t
     for t in (
         Task("mnist1d-cnn", "MNIST-1D, convolutional network", _mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy"),
-        Task("mnist1d-cnn3", "MNIST-1D, three convolutions", _mnist1d, lambda d: Convolutional(d.classes, 3), 100, 1600, "accuracy"),
+        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", _mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy"),
         Task("digits-mlp", "digits, perceptron", _digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy"),
         Task("chars-transformer", "characters, transformer", _characters, lambda d: CharacterTransformer(d.classes), 16, 300, "loss"),
     )

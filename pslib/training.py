@@ -22,6 +22,7 @@ class History:
     """What a training run leaves behind.
 
     Attributes:
+        task, seed, metric: the task's name, the seed, and what the task's metric is ("accuracy" or "loss").
         losses: the training loss of every step, [steps], nats.
         steps: the steps after which the test set was looked at.
         test_loss, test_metric: at those steps; the metric is the task's.
@@ -34,6 +35,7 @@ class History:
 
     task: str
     seed: int
+    metric: str
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     steps: list[int] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
@@ -56,7 +58,7 @@ class History:
     def final_metric(self) -> float:
         """The task's metric on the test set at the end; 0 (accuracy) or inf (loss) for a diverged run."""
         if self.diverged:
-            return 0.0 if get(self.task).metric == "accuracy" else math.inf
+            return 0.0 if self.metric == "accuracy" else math.inf
         return self.test_metric[-1]
 
 
@@ -132,7 +134,7 @@ def train(
     takes_loss = "loss" in inspect.signature(opt.step).parameters
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps) if schedule == "cosine" else None
     order = torch.Generator().manual_seed(seed)
-    history = History(task.name, seed, model=model, optimizer=opt, block_names=list(getattr(opt, "block_names", [])))
+    history = History(task.name, seed, task.metric, model=model, optimizer=opt, block_names=list(getattr(opt, "block_names", [])))
     looks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     losses, batches, train_seconds, start = [], torch.empty(0, dtype=torch.long), 0.0, time.perf_counter()
     bar = None

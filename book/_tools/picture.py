@@ -34,7 +34,7 @@ def draw(grid: list[Record], units: list[Record]):
     for name in ("adamw", "adamw-0.98"):
         rates = sorted(lr for contender, lr, *_ in by if contender == name)
         curves = [[100 * metric(r) for r in by[name, lr, 1.0, 1.0]] for lr in rates]
-        plotting.band(left, rates, np.transpose(curves), **{**plotting.style_of(name), "label": "AdamW, β₂ = " + ("0.999", "0.98")[name != "adamw"]})
+        plotting.band(left, rates, np.transpose(curves), **plotting.style_of(name))
     for name in ("psdasgd-tensor", "psdasgd-model"):
         accuracies = [100 * metric(r) for r in best(grid)[name]]
         plotting.band(left, rates, np.transpose([accuracies] * len(rates)), **plotting.style_of(name))
@@ -50,7 +50,7 @@ def draw(grid: list[Record], units: list[Record]):
         plotting.band(right, factors, np.transpose(curves), **{**style, "label": label or style["label"], "marker": "o", "markersize": 4})
     right.set_xscale("log", base=2)
     right.set(xlabel="c: first layer × c, second layer ÷ c", title="One function in other units")
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 0.08))
+    right.legend(loc="lower left")
     return fig
 
 
