@@ -14,7 +14,7 @@ RUN        ?=
 BIN   := .venv/bin
 STAMP := .venv/installed
 PAGES = $(shell sed -nE 's/^[ -]*(root|file): *//p' _toc.yml)
-THREAD_ENV = OMP_NUM_THREADS=$(THREADS) $(if $(CAPABILITY),ATEN_CPU_CAPABILITY=$(CAPABILITY))
+THREAD_ENV = OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive $(if $(CAPABILITY),ATEN_CPU_CAPABILITY=$(CAPABILITY))
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -128,7 +128,7 @@ class Polyak(Estimator):
         growth_rate: η/a² grows at most by this factor a step (≥ 1; `inf`: no bound after the first step).
 
     The bound is on ρ = η/a², which does not change when α is multiplied by a number; with α ≡ 1 and d0 = inf it is
-    the smoothed bound of the SPS authors' code.  A loss at or below f* gives a zero step and leaves the bound alone.
+    the smoothed bound of the SPS authors' code.  A loss at or below f* gives η = 0 and leaves the bound alone.
     """
 
     needs_loss = True
@@ -149,7 +149,9 @@ class Polyak(Estimator):
         bound = blocks.read("polyak_bound", math.nan)
         bound = torch.where(bound.isnan(), self.first_bound(blocks, length), bound)
         rho = torch.minimum(rho, bound)
-        blocks.write("polyak_bound", torch.where(rho > 0, rho * self.growth_rate, bound))
+        # A first gradient of zero says nothing about lengths: the first bound waits for the next one.
+        kept = torch.where(length > 0, bound, math.nan)
+        blocks.write("polyak_bound", torch.where(rho > 0, rho * self.growth_rate, kept))
         blocks.write("distance", rho * length)
         return rho, a_sq
 
@@ -165,7 +167,7 @@ class DAdaptation(Estimator):
 
     With any weights w ≥ 0 and any positive α, convexity gives  max|x₀ − x*| ≥ N/(‖s/α‖·‖α‖)  for
     N = Σ w⟨g, x₀ − x⟩ and s = Σ w g.  Both sums are exponential averages with rate β₃ = √β₂ so that s²/α²
-    forgets as fast as α² does.
+    forgets as fast as α² does; the same rate is used, for unscaled sums, by D-Adapt Adam and Prodigy.
 
     Args:
         d0: the first estimate; in the parameter's units for one block, in units of each tensor's own

@@ -233,7 +233,7 @@ class Certificate:
 
     @property
     def symbol(self) -> str:
-        """The verdict as one character: = bit-exact, ≈ rounding, × broken."""
+        """The verdict as one character, = bit-exact, ≈ rounding, × broken."""
         return SYMBOLS[self.verdict]
 
     def __str__(self) -> str:
@@ -359,7 +359,7 @@ def atlas(
         steps: how many steps to compare.
 
     Returns:
-        {row: {transformation's name: Certificate}}; print it with `as_text`, show it with `as_html` or `draw`.
+        Certificates by row, then by the transformation's name; print them with `as_text`, show them with `as_html` or `draw`.
     """
     columns = groups() if transformations is None else list(transformations)
     table = {}

@@ -78,7 +78,6 @@ class ParameterScaled(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             _require(not p.is_complex(), "complex parameters are not supported; optimize torch.view_as_real(p) instead.")
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None):
         """Take one step and return the loss, if there is one.
 
@@ -86,6 +85,11 @@ class ParameterScaled(torch.optim.Optimizer):
             closure: re-evaluates the model with gradients and returns the loss.
             loss: the loss at which the gradients were taken, for an estimator that needs it.
         """
+        return self._step(closure, loss)
+
+    # Public step methods call this and not each other: torch wraps every class's step with its hooks once.
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Tensor] | None, loss: Tensor | float | None = None):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -95,6 +99,8 @@ class ParameterScaled(torch.optim.Optimizer):
                 f"{type(self).__name__}.step needs the loss: call step(loss=loss) after loss.backward(), or pass a closure.",
             )
             value = torch.as_tensor(loss).detach()
+            _require(value.numel() == 1, f"the loss must be a scalar, not a tensor of shape {tuple(value.shape)}.")
+            value = value.reshape(())
         else:
             value = None
         entries = self._entries()
@@ -177,7 +183,7 @@ class ParameterScaled(torch.optim.Optimizer):
 
     @property
     def block_names(self) -> list[str]:
-        """One name a block: "model", or the parameters' names (their positions, if they were given without)."""
+        """One name a block, "model" or the parameters' names (their positions, if they were given without)."""
         if self.per == "model":
             return ["model"]
         names = [g.get("param_names") or [None] * len(g["params"]) for g in self.param_groups]
@@ -232,7 +238,7 @@ class ScaledSGD(ParameterScaled):
 
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the loss and returns it."""
-        return super().step(closure)
+        return self._step(closure)
 
 
 class PSSPS(ParameterScaled):
@@ -322,7 +328,7 @@ class PSDASGD(ParameterScaled):
 
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the loss and returns it."""
-        return super().step(closure)
+        return self._step(closure)
 
     @property
     def distance(self) -> Tensor:
