@@ -36,7 +36,7 @@ _VARIANTS = {
 def use_style() -> None:
     """Set the book's figure style: white card, sharp on every screen, large enough on a phone."""
     mpl.rcParams.update({
-        "figure.figsize": (7, 4), "figure.dpi": 110, "savefig.dpi": 110, "figure.facecolor": "white",
+        "figure.figsize": (7, 4), "figure.dpi": 96, "savefig.dpi": 96, "figure.facecolor": "white",
         "axes.facecolor": "white", "savefig.facecolor": "white", "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
         "axes.prop_cycle": mpl.cycler(color=[COLOURS[c] for c in ("blue", "vermilion", "green", "orange", "purple", "sky", "black")]),
