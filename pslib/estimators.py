@@ -1,6 +1,6 @@
 """Step-size estimators: how far to step in the scaled space.
 
-An estimator sees sums over blocks of parameters and returns, per block, the pair (inside, outside) of
+An estimator sees sums over blocks of parameters and returns, per block, the pair (inside, outside) of::
 
     m ← β₁m + (1 − β₁)·inside·g,        x ← x − γ·outside·m̂/α²,
 

@@ -1,4 +1,4 @@
-"""Recorded runs: declared as data, made by one command, read by the chapters.
+"""Recorded runs: declared as data, made by one command, read by the chapters::
 
     python -m pslib.experiments list
     python -m pslib.experiments run [NAME …] [--jobs 2] [--minutes 30] [--preset smoke|cpu] [--folder FOLDER]

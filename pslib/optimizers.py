@@ -1,4 +1,4 @@
-"""Scaling × step-size estimator → optimizer.
+"""Scaling × step-size estimator → optimizer::
 
     PSSPS    = scaling × Polyak's step
     PSDASGD  = scaling × D-Adaptation
@@ -36,7 +36,7 @@ def _number(value) -> bool:
 class ParameterScaled(torch.optim.Optimizer):
     """Steepest descent in the scaled space x' = α∘x, with momentum and decoupled weight decay.
 
-    One step, for each parameter x with gradient g:
+    One step, for each parameter x with gradient g::
 
         v ← β₂v + (1 − β₂)g²,   α² from the scaling
         (inside, outside) from the estimator
@@ -226,7 +226,8 @@ class ScaledSGD(ParameterScaled):
         maximize: ascend instead.
 
     Raises:
-        ValueError: for a setting out of range; RuntimeError: for sparse gradients.
+        ValueError: for a setting out of range.
+        RuntimeError: for sparse gradients.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class ScaledSGD(ParameterScaled):
 class PSSPS(ParameterScaled):
     """Polyak's step size in a scaled parameter space; no learning rate, but the loss's floor f* must be known.
 
-    η = min((f − f*)₊ / (c‖g/α‖²), bound),  x ← x − γ·m̂/α² with m the momentum average of ηg.
+    One step takes η = min((f − f*)₊ / (c‖g/α‖²), bound) and x ← x − γ·m̂/α², with m the momentum average of ηg.
 
     Args:
         params: tensors, groups, or named parameters.
@@ -259,7 +260,8 @@ class PSSPS(ParameterScaled):
         weight_decay: decoupled; the fraction of the parameter removed per step, times γ.  No units.
 
     Raises:
-        ValueError: for a setting out of range, or `step` without a loss; RuntimeError: for sparse gradients.
+        ValueError: for a setting out of range, or `step` without a loss.
+        RuntimeError: for sparse gradients.
 
     Source: derived from the principles of Suh & Seo (arXiv 2401.03240, section 4), not transcribed; the step is
     Polyak's (1987), the stochastic form and the smoothed bound Loizou et al.'s (2021).
@@ -285,6 +287,8 @@ class PSSPS(ParameterScaled):
 class PSDASGD(ParameterScaled):
     """D-Adaptation in a scaled parameter space: the learning rate is a distance, and the distance is measured.
 
+    One step, with sums over one block of parameters::
+
         v ← β₂v + (1 − β₂)g²,   α² from the scaling,   a² = Σα²,   G² = Σv̂/α²
         w = γδ/(aG)                                  β₃ = √β₂
         N ← β₃N + (1 − β₃)w⟨g, x₀ − x⟩
@@ -307,7 +311,8 @@ class PSDASGD(ParameterScaled):
         maximize: ascend instead.
 
     Raises:
-        ValueError: for a setting out of range; RuntimeError: for sparse gradients.
+        ValueError: for a setting out of range.
+        RuntimeError: for sparse gradients.
 
     Source: derived from the principles of Suh & Seo (arXiv 2401.03240, section 4), not transcribed; the bound is
     that of Defazio & Mishchenko (2023) in the scaled space; per="tensor" is this book's extension.

@@ -3,7 +3,7 @@
 The claim to be checked is that an adaptive optimizer on x *is* steepest descent on x'.  So the parameters x' are made
 for real: the network computes f'(x') = f(x'/α), autograd differentiates with respect to x', and an optimizer that
 knows nothing of α (`torch.optim.SGD`, `PolyakSGD`, `DAdaptSGD`) takes the step.  When α moves, everything that lives
-in the scaled space is written in the new scale:
+in the scaled space is written in the new scale::
 
     vectors (x', x'₀)       × α_new/α_old
     covectors (g', m', s')  ÷ α_new/α_old
