@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import scalings
-from .estimators import Blocks, DAdaptation, Entry, Estimator, Fixed, Polyak, over_scaling
+from .estimators import Blocks, DAdaptation, Entry, Estimator, Fixed, Polyak, dot, over_scaling
 
 __all__ = ["PSDASGD", "PSSPS", "ParameterScaled", "ScaledSGD"]
 
@@ -46,7 +46,7 @@ class ParameterScaled(torch.optim.Optimizer):
     Weight decay is the fraction of the parameter removed per step at γ = `lr` = 1, as in Loshchilov & Hutter
     (2019, algorithm 2): a pure number, so that it does not bring units back.
 
-    A step with a gradient (or, where it is needed, a loss) that is not finite is skipped whole: parameters and
+    A step in which a gradient's square (or, where it is needed, the loss) is not finite is skipped whole: parameters and
     state stay as they are, `skipped_steps` counts it, and the first one warns.
     """
 
@@ -65,7 +65,9 @@ class ParameterScaled(torch.optim.Optimizer):
             ValueError: if a setting is out of range, or β₂ differs between groups that share one distance.
         """
         group = {**self.defaults, **param_group}
-        b1, b2 = group["betas"] if len(group["betas"]) == 2 else (math.nan, math.nan)
+        betas = group["betas"]
+        _require(isinstance(betas, (tuple, list)) and len(betas) == 2, f"betas must be a pair of numbers, not {betas!r}.")
+        b1, b2 = betas
         _require(_number(b1) and 0 <= b1 < 1, f"betas[0] must be in [0, 1), not {b1!r}.")
         _require(_number(b2) and 0 <= b2 < 1, f"betas[1] must be in [0, 1), not {b2!r}.")
         for name in ("lr", "eps", "weight_decay"):
@@ -91,6 +93,7 @@ class ParameterScaled(torch.optim.Optimizer):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Tensor] | None, loss: Tensor | float | None = None):
         if closure is not None:
+            _require(loss is None, "give step a closure or a loss, not both.")
             with torch.enable_grad():
                 loss = closure()
         if self.estimator.needs_loss:
@@ -106,9 +109,9 @@ class ParameterScaled(torch.optim.Optimizer):
         entries = self._entries()
         if not entries:
             return loss
-        finite = [torch.isfinite(e.grad).all() for e in entries if e.grad is not None]
+        finite = [torch.isfinite(dot(e.grad, e.grad)) for e in entries if e.grad is not None]
         if value is not None:
-            finite.append(torch.isfinite(value).all().to(finite[0].device))
+            finite.append(torch.isfinite(value).to(finite[0].device))
         if not bool(torch.stack(finite).all()):
             self._skip()
             return loss
@@ -144,9 +147,9 @@ class ParameterScaled(torch.optim.Optimizer):
     def _skip(self) -> None:
         if self.skipped_steps == 0:
             warnings.warn(
-                f"{type(self).__name__}: a gradient or loss is not finite; this step was skipped and nothing was changed "
+                f"{type(self).__name__}: a gradient, its square or the loss is not finite; this step was skipped and nothing was changed "
                 "(further ones are only counted, in skipped_steps).",
-                stacklevel=4,
+                stacklevel=6,
             )
         self.skipped_steps += 1
 
@@ -203,7 +206,10 @@ class ParameterScaled(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a state; unlike torch's default, the statistics keep the precision in which they were saved."""
+        """Load a state; unlike torch's default, the statistics keep the precision in which they were saved.
+
+        What is not set per group (scaling, per, d0, growth_rate, c, f_star) is not part of the state: give it again.
+        """
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]

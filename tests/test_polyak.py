@@ -470,7 +470,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_warns_once(loss, grad, wa
             set_grads(params, grad, -0.25)
             opt.step(loss=loss)
     assert same(before, [[p.detach() for p in params], [dict(opt.state[p]) for p in params]])
-    assert [str(w.message).startswith("PSSPS: a gradient or loss is not finite") for w in caught] == [True]
+    assert [str(w.message).startswith("PSSPS: a gradient, its square or the loss is not finite") for w in caught] == [True]
     assert opt.skipped_steps == 3
     set_grads(params, 0.5, -0.25)
     opt.step(loss=1.0)
@@ -628,3 +628,30 @@ def test_half_precision_parameters_keep_their_statistics_in_single():
         x.grad = torch.full_like(x, 0.5)
         opt.step(loss=torch.tensor(1.0, dtype=torch.bfloat16))
     assert opt.state[x]["exp_avg_sq"].dtype == torch.float32 and x.dtype == torch.bfloat16 and x[0] < 1
+
+
+# --- what a user might get wrong ----------------------------------------------------------------------------
+
+def test_a_gradient_whose_square_overflows_is_skipped_and_the_warning_points_here():
+    x = nn.Parameter(torch.ones(3))
+    opt = PSSPS([x])
+    x.grad = torch.tensor([1e30, 1.0, 1.0])
+    with pytest.warns(UserWarning, match="its square") as caught:
+        opt.step(loss=1.0)
+    assert caught[0].filename == __file__
+    assert torch.equal(x, torch.ones(3)) and opt.skipped_steps == 1 and not opt.state[x]
+    x.grad = torch.tensor([1e-2, 1.0, 1.0])
+    opt.step(loss=1.0)
+    assert torch.isfinite(x).all() and not torch.equal(x, torch.ones(3))
+
+
+def test_a_closure_and_a_loss_together_are_refused():
+    _, opt = two_tensors()
+    with pytest.raises(ValueError, match="give step a closure or a loss, not both"):
+        opt.step(lambda: torch.tensor(1.0), loss=1.0)
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.98, 0.99), "ab"])
+def test_betas_that_are_not_a_pair_of_numbers_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        PSSPS([nn.Parameter(torch.ones(1))], betas=betas)
