@@ -7,12 +7,23 @@ and what is not set stays at its authors' default.  Packages are imported when a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-__all__ = ["CONTENDERS", "Contender", "make"]
+from . import remedies
+from .estimators import Blocks
+from .optimizers import PSDASGD
+
+__all__ = ["BLOCKS", "CONTENDERS", "REMEDIES", "AnyBlock", "Contender", "make", "prepare"]
+
+
+class AnyBlock(PSDASGD):
+    """PS-DA-SGD with every kind of block, for comparing them; `PSDASGD` offers those that earned their place."""
+
+    offered = Blocks.KINDS
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,8 @@ class Contender:
         package: what to install to have it.
         fixed: settings that make it this method.
         learning_rate_free: whether it is meant to be used at its defaults.
+        needs_model: whether its constructor is given the network, as `model`.
+        reparametrize: what it does to the network first, in place.
     """
 
     label: str
@@ -33,6 +46,8 @@ class Contender:
     package: str
     fixed: dict
     learning_rate_free: bool = False
+    needs_model: bool = False
+    reparametrize: Callable[[nn.Module], None] | None = None
 
 
 def _torch(label: str, attribute: str, **fixed) -> Contender:
@@ -72,17 +87,56 @@ CONTENDERS = {
     "psdasgd-tensor": _ours("PS-DA-SGD, tensor", "PSDASGD", per="tensor"),
 }
 
+# Methods that were made against the ill-conditioning of the parameterization.
+REMEDIES = {
+    "weight-norm": Contender("Adam, weight normalization", "torch.optim", "Adam", "torch", {}, reparametrize=remedies.weight_normalize),
+    "nd-adam": Contender("ND-Adam", "pslib.remedies", "NDAdam", "pslib", {}),
+    "path-sgd": Contender("Path-SGD", "pslib.remedies", "PathSGD", "pslib", {}, needs_model=True),
+}
 
-def make(name: str, params: Iterable, **settings) -> torch.optim.Optimizer:
-    """Make the optimizer `name` for `params` with the given settings.
+
+def _blocks(label: str, **fixed) -> Contender:
+    return Contender(f"PS-DA-SGD, {label}", "pslib.contenders", "AnyBlock", "pslib", fixed, True)
+
+
+# PS-DA-SGD with other blocks and units than those of the contenders.
+BLOCKS = {
+    "psdasgd-module": _blocks("module", per="module"),
+    "psdasgd-neuron": _blocks("neuron", per="neuron"),
+    "psdasgd-coordinate": _blocks("coordinate", per="coordinate"),
+    "psdasgd-model-units": _blocks("model, units per tensor", per="model", units="tensor"),
+    "psdasgd-module-units": _blocks("module, units per tensor", per="module", units="tensor"),
+    "psdasgd-model-neuron-units": _blocks("model, units per neuron", per="model", units="neuron"),
+    "psdasgd-tensor-neuron-units": _blocks("tensor, units per neuron", per="tensor", units="neuron"),
+}
+
+_ALL = {**CONTENDERS, **REMEDIES, **BLOCKS}
+
+
+def prepare(name: str, model: nn.Module) -> None:
+    """Do to the network what the contender `name` needs done before it is made; for most that is nothing."""
+    if _contender(name).reparametrize is not None:
+        _contender(name).reparametrize(model)
+
+
+def _contender(name: str) -> Contender:
+    if name not in _ALL:
+        raise ValueError(f"there is no optimizer {name!r}; choose one of {', '.join(_ALL)}.")
+    return _ALL[name]
+
+
+def make(name: str, params: Iterable, *, model: nn.Module | None = None, **settings) -> torch.optim.Optimizer:
+    """Make the optimizer `name` for `params` with the given settings; `model` is for those that need the network.
 
     Raises:
-        ValueError: if there is no contender of that name.
+        ValueError: if there is no contender of that name, or it needs the model and was given none.
         ImportError: if its package is not installed.
     """
-    if name not in CONTENDERS:
-        raise ValueError(f"there is no optimizer {name!r}; choose one of {', '.join(CONTENDERS)}.")
-    contender = CONTENDERS[name]
+    contender = _contender(name)
+    if contender.needs_model:
+        if model is None:
+            raise ValueError(f"{contender.label} needs the network: make({name!r}, model.named_parameters(), model=model, …).")
+        settings = {"model": model, **settings}
     try:
         module = importlib.import_module(contender.module)
     except ImportError as error:

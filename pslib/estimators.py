@@ -25,18 +25,29 @@ __all__ = ["DAdaptation", "Entry", "Estimator", "Fixed", "Blocks", "Polyak"]
 
 @dataclass
 class Entry:
-    """One parameter tensor in one step; `grad` is None where there was no gradient this time."""
+    """One parameter tensor x in one step; `grad` is None where there was no gradient this time.
+
+    With a unit σ in its state, the estimator works on y = x/σ: `grad` and everything made from it belong to y.
+    `module` names the module that the parameter belongs to.
+    """
 
     param: Tensor
     grad: Tensor | None
     state: dict[str, Any]
     group: dict[str, Any]
     alpha_sq: Tensor
+    module: str = ""
 
     @property
     def second_moment(self) -> Tensor:
         """v̂, bias-corrected, shaped like the parameter, units ([f]/[x])²."""
         return self.state["exp_avg_sq"] / (1 - self.group["betas"][1] ** self.state["step"])
+
+    @property
+    def moved(self) -> Tensor:
+        """x₀ − x, in the unit of the parameter if it has one."""
+        difference = self.state["initial"] - self.param
+        return difference / self.state["unit"] if "unit" in self.state else difference
 
 
 def over_scaling(numerator: Tensor, alpha_sq: Tensor) -> Tensor:
@@ -49,52 +60,107 @@ def dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(dtype=torch.float64)
 
 
+def completed(units: Tensor, grad_rms: Tensor) -> Tensor:
+    """Units, with one borrowed for each block that has none because it starts at zero.
+
+    Args:
+        units: [blocks], the root mean square of each block's start, 0 where it starts at zero.
+        grad_rms: [blocks], the root mean square of its gradient, 0 where there is none yet.
+
+    The borrowed unit is e/grad_rms, with e the mean of units·grad_rms (in the loss's unit [f]) over the blocks that have
+    both.  It is 0, to be borrowed later, for a block without a gradient.  Where there is nothing to borrow from, because
+    every block with a gradient starts at zero, it is 1: no rule that sees gradients alone can do better (the chapter
+    "Units restored" proves it); set `unit` for such parameters.
+    """
+    known = (units > 0) & (grad_rms > 0)
+    energy = torch.where(known, units * grad_rms, 0.0).sum() / known.sum() if bool(known.any()) else grad_rms
+    return torch.where(units > 0, units, torch.where(grad_rms > 0, energy / grad_rms, 0.0))
+
+
 class Blocks:
     """The parameters of one step, and sums over blocks of them.
 
     Args:
         entries: the parameters that have optimizer state.
-        per: "model" (one block) or "tensor" (one block per parameter tensor).
+        per: what one block is: "model" (everything), "module" (the parameters of one module), "tensor", "neuron" (a row
+            of a matrix or filter; a vector is one block) or "coordinate".
 
-    A block's scalars are kept in the state of each of its parameters, so that any subset of the
-    state still says everything about its own block.
+    A block's numbers are kept in the state of each of its parameters, so that any subset of the
+    state still says everything about its own blocks.
     """
 
+    KINDS = ("model", "module", "tensor", "neuron", "coordinate")
+
     def __init__(self, entries: list[Entry], per: str):
-        self.entries = entries
-        self.whole = per == "model"
+        self.entries, self.per = entries, per
+        self.device = entries[0].param.device
+        modules = list(dict.fromkeys(e.module for e in entries))
+        self.shared = {"model": [0] * len(entries), "module": [modules.index(e.module) for e in entries]}.get(per)
 
     def sum(self, term) -> Tensor:
-        """Σ over each block of `term(entry)`, a float64 vector with one number a block."""
-        terms = torch.stack([term(e) for e in self.entries])
-        return terms.sum(0, keepdim=True) if self.whole else terms
+        """Σ over each block of `term(entry)`, which is shaped like the parameter: a float64 vector, one number a block."""
+        return self.join([self._reduced(e, term(e)) for e in self.entries])
 
     def grad_sum(self, term) -> Tensor:
         """Like `sum`, over the parameters that have a gradient in this step."""
-        return self.sum(lambda e: torch.zeros((), dtype=torch.float64, device=e.param.device) if e.grad is None else term(e))
+        return self.sum(lambda e: torch.zeros_like(e.param) if e.grad is None else term(e))
+
+    def count(self) -> Tensor:
+        """How many coordinates each block has."""
+        return self.sum(lambda e: torch.ones_like(e.param))
+
+    def join(self, numbers: list[Tensor]) -> Tensor:
+        """One number a block, from sums over what each parameter has of it."""
+        if self.shared is None:
+            return torch.cat([n.reshape(-1) for n in numbers])
+        return torch.stack([torch.stack(ns).sum(0) for ns in self._of_blocks(numbers)])
 
     def largest(self, value) -> Tensor:
         """The largest `value(entry)`, a Python number, in each block."""
-        values = [value(e) for e in self.entries]
-        values = [max(values)] if self.whole else values
-        return torch.tensor(values, dtype=torch.float64, device=self.entries[0].param.device)
+        values = [float(value(e)) for e in self.entries]
+        if self.shared is None:
+            values = [v for e, v in zip(self.entries, values, strict=True) for _ in range(math.prod(self._shape(e)))]
+        else:
+            values = [max(vs) for vs in self._of_blocks(values)]
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     def read(self, name: str, start: float) -> Tensor:
-        """The block scalars `name`, `start` for a block that has none yet."""
-        device = self.entries[0].param.device
+        """The block numbers `name`, `start` for a block that has none yet."""
+        new = torch.tensor(start, dtype=torch.float64, device=self.device)
         values = [e.state.get(name) for e in self.entries]
-        if self.whole:
-            values = [next((v for v in values if v is not None), None)]
-        return torch.stack([torch.tensor(start, dtype=torch.float64, device=device) if v is None else v for v in values])
+        if self.shared is None:
+            return torch.cat([
+                new.expand(math.prod(self._shape(e))) if v is None else v.reshape(-1) for e, v in zip(self.entries, values, strict=True)
+            ])
+        return torch.stack([next((v for v in vs if v is not None), new) for vs in self._of_blocks(values)])
 
     def write(self, name: str, values: Tensor) -> None:
-        """Keep the block scalars `name` in the state of every parameter of the block."""
+        """Keep the block numbers `name` in the state of every parameter of the block."""
         for entry, value in zip(self.entries, self.spread(values), strict=True):
             entry.state[name] = value
 
     def spread(self, values: Tensor) -> list[Tensor]:
-        """Block values as a list with one 0-dimensional tensor a parameter."""
-        return list(values.expand(len(self.entries)).unbind())
+        """Block numbers as one tensor a parameter, which broadcasts over it."""
+        if self.shared is not None:
+            return [values[b] for b in self.shared]
+        parts = values.split([math.prod(self._shape(e)) for e in self.entries])
+        return [part.reshape(self._shape(e)) for e, part in zip(self.entries, parts, strict=True)]
+
+    def _shape(self, e: Entry) -> tuple[int, ...]:
+        """The shape of one parameter's own block numbers."""
+        shape = tuple(e.param.shape)
+        if self.per == "coordinate":
+            return shape
+        return (shape[0],) + (1,) * (len(shape) - 1) if self.per == "neuron" and len(shape) > 1 else ()
+
+    def _reduced(self, e: Entry, values: Tensor) -> Tensor:
+        if self.per == "coordinate":
+            return values.double()
+        rows = self._shape(e)
+        return values.flatten(1).sum(1, dtype=torch.float64) if rows else values.sum(dtype=torch.float64)
+
+    def _of_blocks(self, values: list) -> list[list]:
+        return [[v for v, b in zip(values, self.shared, strict=True) if b == block] for block in range(max(self.shared) + 1)]
 
 
 class Estimator:
@@ -140,10 +206,10 @@ class Polyak(Estimator):
         entry.state["initial_sq"] = dot(entry.param, entry.param)
 
     def rate(self, blocks, loss):
-        a_sq = blocks.sum(lambda e: e.alpha_sq.sum(dtype=torch.float64))
-        g_sq = blocks.grad_sum(lambda e: dot(e.grad, over_scaling(e.grad, e.alpha_sq)))
+        a_sq = blocks.sum(lambda e: e.alpha_sq)
+        g_sq = blocks.grad_sum(lambda e: e.grad * over_scaling(e.grad, e.alpha_sq))
         gap = (loss.to(torch.float64) - self.f_star).clamp(min=0)
-        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq).sum(dtype=torch.float64))
+        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq))
         length = (a_sq * mean_sq).sqrt()
         rho = torch.where(g_sq * a_sq > 0, gap / (self.c * g_sq * a_sq), 0.0)
         bound = blocks.read("polyak_bound", math.nan)
@@ -157,8 +223,7 @@ class Polyak(Estimator):
 
     def first_bound(self, blocks: Blocks, length: Tensor) -> Tensor:
         """The bound on ρ before the first step; 1 stands in for the scale of parameters that all start at zero."""
-        count = blocks.sum(lambda e: torch.tensor(float(e.param.numel()), dtype=torch.float64, device=e.param.device))
-        rms = (blocks.sum(lambda e: e.state["initial_sq"]) / count).sqrt()
+        rms = (blocks.join([e.state["initial_sq"] for e in blocks.entries]) / blocks.count()).sqrt()
         return torch.where(length > 0, self.d0 * torch.where(rms > 0, rms, 1.0) / length, math.inf)
 
 
@@ -194,20 +259,19 @@ class DAdaptation(Estimator):
         if bool((distance > 0).all()):
             return distance
 
-        def rms(numbers):
-            return (dot(numbers, numbers) / numbers.numel()).sqrt()
+        def start(e):
+            unit = e.group.get("unit")
+            return e.state["initial"] if unit is None else torch.full_like(e.state["initial"], unit)
 
-        unit = blocks.sum(lambda e: rms(e.state["initial"]))
-        grad_rms = blocks.grad_sum(lambda e: rms(e.grad))
-        known = unit > 0
-        energy = torch.where(known, unit * grad_rms, 0.0).sum() / known.sum() if bool(known.any()) else grad_rms
-        borrowed = torch.where(grad_rms > 0, energy / grad_rms, 0.0)
-        return torch.where(distance > 0, distance, self.d0 * torch.where(known, unit, borrowed))
+        count = blocks.count()
+        size = (blocks.sum(lambda e: start(e).square()) / count).sqrt()
+        grad_rms = (blocks.grad_sum(lambda e: e.grad * e.grad) / count).sqrt()
+        return torch.where(distance > 0, distance, self.d0 * completed(size, grad_rms))
 
     def rate(self, blocks, loss):
         delta = self.first_distance(blocks)
-        a_sq = blocks.sum(lambda e: e.alpha_sq.sum(dtype=torch.float64))
-        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq).sum(dtype=torch.float64))
+        a_sq = blocks.sum(lambda e: e.alpha_sq)
+        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq))
         alive = mean_sq > 0
         gamma = blocks.largest(lambda e: float(e.group["lr"]))
         weight = torch.where(alive, gamma * delta / (a_sq * mean_sq).sqrt(), 0.0)
@@ -218,7 +282,7 @@ class DAdaptation(Estimator):
     def learn(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor) -> Tensor:
         """Add this step's gradient to N and s and return the next δ."""
         beta3 = blocks.largest(lambda e: math.sqrt(e.group["betas"][1]))
-        progress = blocks.grad_sum(lambda e: dot(e.grad, e.state["initial"] - e.param))
+        progress = blocks.grad_sum(lambda e: e.grad * e.moved)
         numerator = beta3 * blocks.read("distance_numerator", 0.0) + (1 - beta3) * weight * progress
         blocks.write("distance_numerator", numerator)
         for entry, w in zip(blocks.entries, blocks.spread(weight), strict=True):
@@ -227,7 +291,7 @@ class DAdaptation(Estimator):
             if entry.grad is not None:
                 s.add_(entry.grad * w.to(s.dtype), alpha=1 - b3)
         s_sq = blocks.sum(
-            lambda e: dot(e.state["weighted_grad_sum"], over_scaling(e.state["weighted_grad_sum"], e.alpha_sq))
+            lambda e: e.state["weighted_grad_sum"] * over_scaling(e.state["weighted_grad_sum"], e.alpha_sq)
         )
         bound = torch.where(s_sq > 0, numerator / (s_sq * a_sq).sqrt(), 0.0)
         if self.growth_rate < math.inf:

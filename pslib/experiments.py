@@ -19,13 +19,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import contenders, tasks
+from . import contenders, tasks, twins
 from .training import History, train
 
 __all__ = ["EXPERIMENTS", "Record", "RunSpec", "best", "collect", "load", "rerun"]
@@ -38,8 +39,8 @@ GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-4, 3e-1)
 class RunSpec:
     """One training run, fully declared.
 
-    `init_scale` multiplies every initial parameter; `rescale` multiplies the first layer and divides the second, which
-    leaves the function as it is (`pslib.tasks.Convolutional.rescale`).
+    `init_scale` multiplies every initial parameter; `rescale` is the factor c of a function-equivalent twin
+    (`pslib.twins`, at the modules that the task names); `steps` is how many, if not as many as the task says.
     """
 
     task: str
@@ -49,6 +50,7 @@ class RunSpec:
     init_scale: float = 1.0
     seed: int = 0
     rescale: float = 1.0
+    steps: int | None = None
 
     @property
     def slug(self) -> str:
@@ -56,6 +58,8 @@ class RunSpec:
         parts = [self.contender]
         if "lr" in self.settings:
             parts.append(f"lr{self.settings['lr']:g}")
+        if self.steps is not None:
+            parts.append(f"steps{self.steps}")
         if self.init_scale != 1:
             parts.append(f"init{self.init_scale:g}")
         if self.rescale != 1:
@@ -92,10 +96,17 @@ def _comparison(task: str, seeds: int) -> list[RunSpec]:
     ]
 
 
-def _initial_scale(task: str, scales: tuple[float, ...], seeds: int) -> list[RunSpec]:
-    chosen = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {}), ("ps-sps", "ps-sps", {})]
-    chosen += [("prodigy-0.98", "prodigy", {"betas": [0.9, 0.98]})]
-    chosen += [("adamw", "adamw", {"lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0}) for lr in (1e-3, 3e-3, 1e-2, 3e-2)]
+ADAM = {"betas": [0.9, 0.999], "weight_decay": 0.0}
+OURS = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {})]
+PRODIGY = ("prodigy-0.98", "prodigy", {"betas": [0.9, 0.98]})
+PS_SPS = ("ps-sps", "ps-sps", {})
+
+
+def _adamw(*rates: float) -> list[tuple[str, str, dict]]:
+    return [("adamw", "adamw", {"lr": lr, **ADAM}) for lr in rates]
+
+
+def _initial_scale(task: str, chosen: list[tuple[str, str, dict]], scales: Iterable[float], seeds: int) -> list[RunSpec]:
     return [
         RunSpec(task, name, optimizer, settings, init_scale=scale, seed=seed)
         for seed in range(seeds) for scale in scales for name, optimizer, settings in chosen
@@ -104,22 +115,86 @@ def _initial_scale(task: str, scales: tuple[float, ...], seeds: int) -> list[Run
 
 def _units(seeds: int) -> list[RunSpec]:
     """One function in five descriptions; AdamW at the rates that do best in the usual one."""
-    chosen = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {})]
-    chosen += [("prodigy-0.98", "prodigy", {"betas": [0.9, 0.98]})]
-    chosen += [("adamw", "adamw", {"lr": lr, "betas": [0.9, 0.999], "weight_decay": 0.0}) for lr in (1e-2, 3e-2)]
     return [
         RunSpec("mnist1d-cnn", name, optimizer, settings, seed=seed, rescale=2.0**exponent)
-        for seed in range(seeds) for exponent in (-10, -5, 0, 5, 10) for name, optimizer, settings in chosen
+        for seed in range(seeds) for exponent in (-10, -5, 0, 5, 10) for name, optimizer, settings in [*OURS, PRODIGY, *_adamw(1e-2, 3e-2)]
     ]
 
+
+EIGHT = [*OURS, PS_SPS, PRODIGY, *_adamw(1e-3, 3e-3, 1e-2, 3e-2)]
+COMPARED = ("digits-mlp", "mnist1d-cnn", "mnist1d-cnn3", "mnist1d-resnet", "chars-transformer")
+TWIN_STEPS = {"digits-mlp": 900, "mnist1d-cnn": 600, "chars-transformer": 150}
+TWIN_FACTORS = tuple(2.0**exponent for exponent in (0, -10, -7, -4, -2, 2, 4, 7, 10))
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """The learning rates that one method is tuned over at c = 1, and the one chosen for each task (see twin-rates-…)."""
+
+    grid: tuple[float, ...]
+    settings: dict
+    chosen: dict[str, float]
+
+
+def _twin_rates(task: str) -> list[RunSpec]:
+    """What the methods with a learning rate are tuned with, at c = 1."""
+    return [
+        RunSpec(task, name, name, {"lr": lr, **rates.settings}, seed=seed, steps=TWIN_STEPS[task])
+        for seed in range(2) for name, rates in TWIN_RATES.items() if task in rates.chosen for lr in rates.grid
+    ]
+
+
+def _twins(task: str, seeds: int) -> list[RunSpec]:
+    """Function-equivalent twins, every method at the rate that is best at c = 1 or at its defaults."""
+    chosen = [
+        (name, name, {"lr": rates.chosen[task], **rates.settings}) for name, rates in TWIN_RATES.items() if task in rates.chosen
+    ]
+    chosen += [("prodigy", "prodigy", {}), ("dog", "dog", {}), PS_SPS, *OURS]
+    return [
+        RunSpec(task, name, optimizer, settings, seed=seed, rescale=c, steps=TWIN_STEPS[task])
+        for seed in range(seeds) for name, optimizer, settings in chosen for c in TWIN_FACTORS
+    ]
+
+
+def _blocks(task: str, seeds: int) -> list[RunSpec]:
+    """PS-DA-SGD with every kind of block and unit."""
+    return [
+        RunSpec(task, name, name, {}, seed=seed) for seed in range(seeds) for name in (*(n for n, _, _ in OURS), *contenders.BLOCKS)
+    ]
+
+
+def _scales(task: str, seeds: int) -> list[RunSpec]:
+    """Initial scales over six orders of magnitude; AdamW at the rates that do best at ×1."""
+    chosen = [*OURS, PS_SPS, PRODIGY, *_adamw(BEST_ADAMW[task])]
+    return _initial_scale(task, chosen, [2.0**exponent for exponent in range(-10, 11, 2)], seeds)
+
+
+_ADAM_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+TWIN_RATES = {
+    "sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 1.0, "mnist1d-cnn": 0.3, "chars-transformer": 0.3}),
+    "momentum": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.3, "mnist1d-cnn": 0.1, "chars-transformer": 0.3}),
+    "adam": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
+    "adamw": _Rates(_ADAM_GRID, {"weight_decay": 0.01}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
+    "weight-norm": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
+    "nd-adam": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.1, "chars-transformer": 0.1}),
+    "path-sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.1}),
+}
+BEST_ADAMW = {"digits-mlp": 3e-2, "mnist1d-cnn": 3e-2, "mnist1d-resnet": 1e-2}
 
 EXPERIMENTS: dict[str, list[RunSpec]] = {
     "mnist1d-cnn": _comparison("mnist1d-cnn", 5),
     "digits-mlp": _comparison("digits-mlp", 5),
     "chars-transformer": _comparison("chars-transformer", 3),
-    "initial-scale": _initial_scale("mnist1d-cnn", (1 / 8, 8.0), 5),
+    "initial-scale": _initial_scale("mnist1d-cnn", EIGHT, (1 / 8, 8.0), 5),
     "units": _units(3),
-    "initial-scale-deeper": _initial_scale("mnist1d-cnn3", (8.0,), 2),
+    "initial-scale-deeper": _initial_scale("mnist1d-cnn3", EIGHT, (8.0,), 2),
+    "mnist1d-resnet": _comparison("mnist1d-resnet", 3),
+    "mnist1d-cnn3": _comparison("mnist1d-cnn3", 3),
+    **{f"twin-rates-{task}": _twin_rates(task) for task in TWIN_STEPS},
+    **{f"twins-{task}": _twins(task, 3) for task in TWIN_STEPS},
+    **{f"blocks-{task}": _blocks(task, 3) for task in COMPARED},
+    **{f"scales-{task}": _scales(task, 3) for task in ("digits-mlp", "mnist1d-cnn", "mnist1d-resnet")},
 }
 
 PRESETS = {"cpu": None, "smoke": 5}
@@ -131,7 +206,8 @@ class Record:
 
     Attributes:
         spec: what was run; `preset` at which length ("cpu" is the task's own).
-        curve: "step", "train_loss" (mean since the last point, nats), "test_loss", "test_metric".
+        curve: "step", "train_loss" (mean since the last point, nats), "test_loss", "test_metric", and for a twin
+            "twin_distance": how far its predictions are from those of the network that it is the twin of (`twin_distance`).
         final_loss, final_metric: see `pslib.training.History`; null for a diverged run's infinite loss.
         diverged: whether a loss stopped being finite.
         seconds, step_seconds: wall time of the run and of one training step.
@@ -181,11 +257,34 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-def _run(spec: RunSpec, steps: int | None) -> History:
+def _run(spec: RunSpec, steps: int | None, keep_outputs: bool = False) -> History:
+    models = []
+
+    def prepare(model):
+        if spec.rescale != 1:
+            twins.rescale(model, list(tasks.get(spec.task).rescaled), spec.rescale)
+        contenders.prepare(spec.optimizer, model)
+        models.append(model)
+
     return train(
-        spec.task, lambda params: contenders.make(spec.optimizer, params, **spec.settings), seed=spec.seed, steps=steps,
-        init_scale=spec.init_scale, prepare=None if spec.rescale == 1 else lambda model: model.rescale(spec.rescale),
+        spec.task, lambda params: contenders.make(spec.optimizer, params, model=models[0], **spec.settings), seed=spec.seed,
+        steps=spec.steps if steps is None else steps, init_scale=spec.init_scale, prepare=prepare, keep_outputs=keep_outputs,
     )
+
+
+@lru_cache(maxsize=1)
+def _original_outputs(spec_json: str, steps: int | None) -> list[torch.Tensor]:
+    return _run(RunSpec(**json.loads(spec_json)), steps, keep_outputs=True).outputs
+
+
+def twin_distance(outputs: torch.Tensor, others: torch.Tensor) -> float:
+    """The mean total variation distance between the predictions of two classifiers on the same inputs, from 0 to 1.
+
+    Args:
+        outputs, others: logits, [..., classes].  What is not finite predicts nothing: the distance is then 1.
+    """
+    difference = (outputs.softmax(-1) - others.softmax(-1)).abs().sum(-1) / 2
+    return difference.nan_to_num(nan=1.0).double().mean().item()
 
 
 def rerun(record: Record) -> History:
@@ -195,13 +294,16 @@ def rerun(record: Record) -> History:
 
 def record(spec: RunSpec, preset: str, folder: Path) -> Path:
     """Run and write the record; an existing file is replaced only once the new one is complete."""
-    history = _run(spec, PRESETS[preset])
+    history = _run(spec, PRESETS[preset], keep_outputs=spec.rescale != 1)
     edges = [0, *history.steps]
     curve = {
         "step": history.steps,
         "train_loss": [_finite(history.losses[i:j].mean().item()) for i, j in zip(edges, edges[1:], strict=False)],
         "test_loss": [_finite(v) for v in history.test_loss], "test_metric": [_finite(v) for v in history.test_metric],
     }
+    if spec.rescale != 1:
+        original = _original_outputs(json.dumps(asdict(replace(spec, rescale=1.0))), PRESETS[preset])
+        curve["twin_distance"] = [_finite(twin_distance(x, y)) for x, y in zip(history.outputs, original, strict=False)]
     rows = {name: [[_finite(v) for v in row] for row in getattr(history, name)] for name in ("distance", "effective_lr")}
     device = next(history.model.parameters()).device.type
     made = Record(
@@ -285,9 +387,15 @@ def best(records: Iterable[Record]) -> dict[str, list[Record]]:
     return chosen
 
 
-def _record_one(spec: RunSpec, preset: str, folder: Path) -> None:
+def _record_family(family: list[RunSpec], preset: str, folder: Path, deadline: float) -> int:
+    """Record runs that are each other's twins, so that the original is trained once for all; returns how many it recorded."""
     torch.set_num_threads(1)
-    record(spec, preset, folder)
+    done = 0
+    for spec in family:
+        if time.time() < deadline:
+            record(spec, preset, folder)
+            done += 1
+    return done
 
 
 def run(names: list[str], preset: str, folder: Path, jobs: int, minutes: float) -> int:
@@ -297,16 +405,19 @@ def run(names: list[str], preset: str, folder: Path, jobs: int, minutes: float) 
 
     wanted = [spec for name in names for spec in _declared(name)]
     missing = [spec for spec in wanted if not spec.file(folder).exists()]
-    deadline = time.monotonic() + 60 * minutes
+    families: dict[Path, list[RunSpec]] = {}
+    for spec in missing:
+        families.setdefault(replace(spec, rescale=1.0).file(folder), []).append(spec)
+    deadline = time.time() + 60 * minutes
 
     def within_budget():
-        for spec in missing:
-            if time.monotonic() < deadline:
-                yield delayed(_record_one)(spec, preset, folder)
+        for family in families.values():
+            if time.time() < deadline:
+                yield delayed(_record_family)(family, preset, folder, deadline)
 
-    done = Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=jobs)(within_budget())
-    for _ in tqdm(done, total=len(missing), desc="recording", unit="run"):
-        pass
+    with tqdm(total=len(missing), desc="recording", unit="run") as bar:
+        for done in Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=jobs)(within_budget()):
+            bar.update(done)
     return sum(not spec.file(folder).exists() for spec in wanted)
 
 

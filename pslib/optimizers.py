@@ -18,8 +18,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import scalings
+from . import scalings, units
 from .estimators import Blocks, DAdaptation, Entry, Estimator, Fixed, Polyak, dot, over_scaling
+
+UNITS = units.KINDS
 
 __all__ = ["PSDASGD", "PSSPS", "ParameterScaled", "ScaledSGD"]
 
@@ -46,15 +48,20 @@ class ParameterScaled(torch.optim.Optimizer):
     Weight decay is the fraction of the parameter removed per step at γ = `lr` = 1, as in Loshchilov & Hutter
     (2019, algorithm 2): a pure number, so that it does not bring units back.
 
+    With `units`, all of this happens to y = x/σ, whose gradient is σ∘g (see `pslib.units`).
+
     A step in which a gradient's square (or, where it is needed, the loss) is not finite is skipped whole: parameters and
     state stay as they are, `skipped_steps` counts it, and the first one warns.
     """
 
-    def __init__(self, params, defaults: dict, *, scaling, estimator: Estimator, per: str):
-        _require(per in ("model", "tensor"), f"per must be 'model' or 'tensor', not {per!r}.")
+    offered = ("model", "module", "tensor")
+
+    def __init__(self, params, defaults: dict, *, scaling, estimator: Estimator, per: str, units: str | None = None):
+        _require(per in self.offered, f"per must be one of {', '.join(map(repr, self.offered))}, not {per!r}.")
+        _require(units in (None, *UNITS), f"units must be one of None, {', '.join(map(repr, UNITS))}, not {units!r}.")
         self.scaling = scalings.get(scaling)
         self.estimator = estimator
-        self.per = per
+        self.per, self.units = per, units
         self.skipped_steps = 0
         super().__init__(params, defaults)
 
@@ -73,10 +80,16 @@ class ParameterScaled(torch.optim.Optimizer):
         for name in ("lr", "eps", "weight_decay"):
             value = float(group[name]) if isinstance(group[name], Tensor) else group[name]
             _require(_number(value) and 0 <= value < math.inf, f"{name} must be a finite number ≥ 0, not {value!r}.")
-        if self.param_groups and self.per == "model":
+        unit = group.get("unit")
+        _require(unit is None or (_number(unit) and 0 < unit < math.inf), f"unit must be None or a finite number > 0, not {unit!r}.")
+        if self.param_groups and self.per in ("model", "module"):
             shared = self.param_groups[0]["betas"][1]
-            _require(b2 == shared, f"per='model' shares one distance, so betas[1] must be {shared} in every group, not {b2}.")
+            _require(b2 == shared, f"per={self.per!r} shares one distance, so betas[1] must be {shared} in every group, not {b2}.")
         super().add_param_group(param_group)
+        _require(
+            self.per != "module" or "param_names" in self.param_groups[-1],
+            "per='module' needs names; pass model.named_parameters().",
+        )
         for p in self.param_groups[-1]["params"]:
             _require(not p.is_complex(), "complex parameters are not supported; optimize torch.view_as_real(p) instead.")
 
@@ -115,6 +128,8 @@ class ParameterScaled(torch.optim.Optimizer):
         if not bool(torch.stack(finite).all()):
             self._skip()
             return loss
+        if self.units is not None:
+            units.assign(entries, self.units)
         for e in entries:
             if e.grad is not None:
                 self._observe(e)
@@ -129,7 +144,8 @@ class ParameterScaled(torch.optim.Optimizer):
     def _entries(self) -> list[Entry]:
         entries = []
         for group in self.param_groups:
-            for p in group["params"]:
+            names = group.get("param_names") or [""] * len(group["params"])
+            for p, name in zip(group["params"], names, strict=True):
                 grad = p.grad
                 if grad is None and not self.state.get(p):
                     continue
@@ -141,7 +157,7 @@ class ParameterScaled(torch.optim.Optimizer):
                     statistics = torch.float32 if p.dtype in (torch.float16, torch.bfloat16) else p.dtype
                     grad = grad.to(statistics)
                     grad = -grad if group.get("maximize", False) else grad
-                entries.append(Entry(p, grad, self.state[p], group, self.state[p].get("alpha_sq")))
+                entries.append(Entry(p, grad, self.state[p], group, self.state[p].get("alpha_sq"), name.rpartition(".")[0]))
         return entries if any(e.grad is not None for e in entries) else []
 
     def _skip(self) -> None:
@@ -156,7 +172,9 @@ class ParameterScaled(torch.optim.Optimizer):
     def _observe(self, e: Entry) -> None:
         """Take the gradient into v and α²."""
         beta2 = e.group["betas"][1]
-        if not e.state:
+        if "unit" in e.state:
+            e.grad = e.grad * e.state["unit"]
+        if "step" not in e.state:
             e.state["step"] = 0
             e.state["exp_avg"] = torch.zeros_like(e.grad)
             e.state["exp_avg_sq"] = torch.zeros_like(e.grad)
@@ -171,26 +189,34 @@ class ParameterScaled(torch.optim.Optimizer):
         m.mul_(beta1).add_(e.grad * inside.to(m.dtype), alpha=1 - beta1)
         m_hat = m / (1 - beta1 ** e.state["step"])
         step = (gamma * outside).to(m.dtype) * over_scaling(m_hat, e.alpha_sq)
+        if "unit" in e.state:
+            step = step * e.state["unit"]
         kept = 1 - gamma * e.group["weight_decay"]
         e.param.copy_(e.param * kept - step)
 
     def _block_values(self, name: str, factor: Callable[[dict], float]) -> Tensor:
-        values = []
+        blocks: dict[object, Tensor | None] = {}
         for group in self.param_groups:
-            for p in group["params"]:
+            names = group.get("param_names") or [""] * len(group["params"])
+            for p, full in zip(group["params"], names, strict=True):
+                block = {"model": "", "module": full.rpartition(".")[0]}.get(self.per, p)
                 value = self.state.get(p, {}).get(name)
-                values.append(torch.tensor(math.nan, dtype=torch.float64) if value is None else value * factor(group))
-                if self.per == "model" and value is not None:
-                    return values[-1].reshape(1)
-        return values[0].reshape(1) if self.per == "model" else torch.stack(values)
+                if blocks.get(block) is None:
+                    blocks[block] = None if value is None else (value * factor(group)).reshape(-1)
+        unknown = torch.full((1,), math.nan, dtype=torch.float64)
+        return torch.cat([unknown if v is None else v for v in blocks.values()])
 
     @property
     def block_names(self) -> list[str]:
-        """One name a block, "model" or the parameters' names (their positions, if they were given without)."""
+        """What each block is: "model", or the modules' or parameters' names (positions, if they were given without).
+
+        For blocks finer than a tensor these are the names of the tensors, with one block or more in each.
+        """
         if self.per == "model":
             return ["model"]
         names = [g.get("param_names") or [None] * len(g["params"]) for g in self.param_groups]
-        return [n if n is not None else str(i) for i, n in enumerate(n for group in names for n in group)]
+        names = [n if n is not None else str(i) for i, n in enumerate(n for group in names for n in group)]
+        return list(dict.fromkeys(n.rpartition(".")[0] for n in names)) if self.per == "module" else names
 
     @property
     def effective_lr(self) -> Tensor:
@@ -202,13 +228,13 @@ class ParameterScaled(torch.optim.Optimizer):
         return self._block_values("rate", lambda group: group["lr"])
 
     def __getstate__(self) -> dict:
-        own = ("scaling", "estimator", "per", "skipped_steps")
+        own = ("scaling", "estimator", "per", "units", "skipped_steps")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state; unlike torch's default, the statistics keep the precision in which they were saved.
 
-        What is not set per group (scaling, per, d0, growth_rate, c, f_star) is not part of the state: give it again.
+        What is not set per group (scaling, per, units, d0, growth_rate, c, f_star) is not part of the state: give it again.
         """
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group["params"]]
@@ -308,9 +334,15 @@ class PSDASGD(ParameterScaled):
         lr: γ, the schedule's multiplier; leave it at 1 and let a scheduler drive it.  No units.
         betas: decay rates (β₁ of the momentum, β₂ of the second moment).
         eps: added to √v̂, in the gradient's units [f]/[x]; the default 0 keeps every invariance exact.
-        d0: the first distance.  per="model": in the parameter's units, default 1e-6.  per="tensor": in units of
-            each tensor's own root mean square, default 2⁻⁸.
-        per: "model", one distance for all parameters (the paper's reading), or "tensor", one for each.
+        d0: the first distance.  per="model" without `units`: in the parameter's units, default 1e-6.  Otherwise in units
+            of each block's own root mean square or of σ, default 2⁻⁸.
+        per: "model", one distance for all parameters (the paper's reading), "module", one for each module (needs named
+            parameters), or "tensor", one for each parameter tensor.
+        units: None: x is measured as it is.  "tensor" or "neuron": all of the above happens to y = x/σ, with σ one number
+            a tensor, rms(x₀), or of rank one in rows and columns, so that training does not depend on the units of
+            single neurons either.  The distance is then a pure number.
+        unit: what replaces rms(x₀) as the unit of a group's parameters, in their own units; for tensors that start at zero
+            and should not borrow one.
         scaling: "none" (D-Adapt SGD), "rmsprop", "adam", "amsgrad", "adagrad", or a `pslib.scalings.Scaling`.
         weight_decay: decoupled; the fraction of the parameter removed per step, times γ.  No units.
         growth_rate: the distance grows at most by this factor a step (> 1).
@@ -326,16 +358,17 @@ class PSDASGD(ParameterScaled):
 
     def __init__(
         self, params, lr: float = 1.0, *, betas=(0.9, 0.98), eps: float = 0.0, d0: float | None = None,
-        per: str = "tensor", scaling="adam", weight_decay: float = 0.0, growth_rate: float = math.inf,
-        maximize: bool = False,
+        per: str = "tensor", units: str | None = None, unit: float | None = None, scaling="adam", weight_decay: float = 0.0,
+        growth_rate: float = math.inf, maximize: bool = False,
     ):
+        absolute = per == "model" and units is None
         if d0 is None:
-            d0 = 2.0**-8 if per == "tensor" else 1e-6
+            d0 = 1e-6 if absolute else 2.0**-8
         _require(_number(d0) and 0 < d0 < math.inf, f"d0 must be a finite number > 0, not {d0!r}.")
         _require(_number(growth_rate) and growth_rate > 1, f"growth_rate must be > 1, not {growth_rate!r}.")
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        estimator = DAdaptation(d0, growth_rate, relative=per == "tensor")
-        super().__init__(params, defaults, scaling=scaling, estimator=estimator, per=per)
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, unit=unit)
+        estimator = DAdaptation(d0, growth_rate, relative=not absolute and units is None)
+        super().__init__(params, defaults, scaling=scaling, estimator=estimator, per=per, units=units)
 
     def step(self, closure=None):
         """Take one step; `closure` re-evaluates the loss and returns it."""
@@ -343,5 +376,5 @@ class PSDASGD(ParameterScaled):
 
     @property
     def distance(self) -> Tensor:
-        """δ, the distance estimate, one float64 number a block, in the parameter's units, as a lazy tensor."""
+        """δ, the distance estimate, one float64 number a block, in the parameter's units (with `units`: in σ), as a lazy tensor."""
         return self._block_values("distance", lambda group: 1.0)

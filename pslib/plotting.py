@@ -8,7 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
 
-from .contenders import CONTENDERS
+from .contenders import BLOCKS, CONTENDERS, REMEDIES
 
 __all__ = ["COLOURS", "band", "dots_with_range", "style_of", "use_style"]
 
@@ -24,6 +24,9 @@ _STYLES = {
     "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-adam-0.98": ("sky", "-."), "dadapt-sgd": ("sky", ":"), "prodigy": ("purple", "-"),
     "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "momo-adam": ("orange", ":"), "schedule-free": ("green", ":"),
     "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "--"), "psdasgd-tensor": ("vermilion", "-"),
+    "weight-norm": ("sky", "-"), "nd-adam": ("green", "-"), "path-sgd": ("green", "--"), "psdasgd-module": ("blue", "-."),
+    "psdasgd-neuron": ("orange", "-"), "psdasgd-coordinate": ("orange", ":"), "psdasgd-model-units": ("blue", "-"),
+    "psdasgd-module-units": ("green", "-."), "psdasgd-model-neuron-units": ("purple", "-"), "psdasgd-tensor-neuron-units": ("vermilion", "--"),
 }
 
 
@@ -47,7 +50,8 @@ def use_style() -> None:
 def style_of(name: str) -> dict:
     """Line colour, dash and label of an optimizer (a contender's name, here or in the experiments), the same on every page."""
     colour, dash = _STYLES.get(name, ("black", "-"))
-    label = CONTENDERS[name].label if name in CONTENDERS else _VARIANTS.get(name, name)
+    known = {**CONTENDERS, **REMEDIES, **BLOCKS}
+    label = known[name].label if name in known else _VARIANTS.get(name, name)
     return {"color": COLOURS[colour], "linestyle": dash, "label": label}
 
 

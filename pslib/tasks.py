@@ -49,6 +49,7 @@ class Task:
         build: returns a fresh model for the data, initialised from torch's global generator.
         batch_size, steps: of one training run.
         metric: "accuracy" (a fraction, higher is better) or "loss" (nats, lower is better).
+        rescaled: the modules whose outputs change their unit in the network's function-equivalent twin (`pslib.twins`).
     """
 
     name: str
@@ -58,6 +59,7 @@ class Task:
     batch_size: int
     steps: int
     metric: str
+    rescaled: tuple[str, ...] = ()
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy in nats."""
@@ -133,12 +135,27 @@ class Convolutional(nn.Module):
             x = F.relu(conv(x))
         return self.head(x.flatten(1))
 
-    @torch.no_grad()
-    def rescale(self, c: float) -> None:
-        """Multiply the first layer by c > 0 and divide the second one's weights by c: the function stays the same."""
-        self.convs[0].weight.mul_(c)
-        self.convs[0].bias.mul_(c)
-        self.convs[1].weight.div_(c)
+
+class Residual(nn.Module):
+    """A 1-D convolution, residual blocks of two more, each followed by batch norm, and a linear layer."""
+
+    def __init__(self, classes: int, channels: int = 24, depth: int = 2):
+        super().__init__()
+        self.stem, self.norm = nn.Conv1d(1, channels, 5, stride=2, padding=2), nn.BatchNorm1d(channels)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv1d(channels, channels, 3, padding=1), nn.BatchNorm1d(channels), nn.ReLU(),
+                nn.Conv1d(channels, channels, 3, padding=1), nn.BatchNorm1d(channels),
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(channels * 20, classes)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x.unsqueeze(1))))
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return self.head(x.flatten(1))
 
 
 def mlp(inputs: int, classes: int, width: int = 64) -> nn.Sequential:
@@ -186,10 +203,12 @@ class CharacterTransformer(nn.Module):
 TASKS = {
     t.name: t
     for t in (
-        Task("mnist1d-cnn", "MNIST-1D, convolutional network", _mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy"),
-        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", _mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy"),
-        Task("digits-mlp", "digits, perceptron", _digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy"),
-        Task("chars-transformer", "characters, transformer", _characters, lambda d: CharacterTransformer(d.classes), 16, 300, "loss"),
+        Task("mnist1d-cnn", "MNIST-1D, convolutional network", _mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy", ("convs.0",)),
+        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", _mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", ("convs.0",)),
+        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", _mnist1d, lambda d: Residual(d.classes), 100, 600, "accuracy", ("blocks.0.1", "blocks.1.1")),
+        Task("digits-mlp", "digits, perceptron", _digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy", ("0",)),
+        Task("chars-transformer", "characters, transformer", _characters, lambda d: CharacterTransformer(d.classes), 16, 300, "loss",
+             tuple(f"blocks.{i}.{name}" for i in range(2) for name in ("query", "value", "up"))),
     )
 }
 

@@ -26,8 +26,9 @@ class History:
         losses: the training loss of every step, [steps], nats.
         steps: the steps after which the test set was looked at.
         test_loss, test_metric: at those steps; the metric is the task's.
-        distance, effective_lr: at those steps, where the optimizer exposes them, one row of blocks each.
+        distance, effective_lr: at those steps, where the optimizer exposes them with one number a named block.
         block_names: the names of those blocks.
+        outputs: with `keep_outputs`, the model's outputs on the test set at those steps.
         diverged: whether a loss stopped being finite (the run then ends early).
         seconds, step_seconds: wall time of the run and of a training step.
         model, optimizer: as they are at the end.
@@ -43,6 +44,7 @@ class History:
     distance: list[list[float]] = field(default_factory=list)
     effective_lr: list[list[float]] = field(default_factory=list)
     block_names: list[str] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
     diverged: bool = False
     seconds: float = 0.0
     step_seconds: float = 0.0
@@ -62,12 +64,14 @@ class History:
         return self.test_metric[-1]
 
 
-def evaluate(task: Task, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Loss and metric of the model on (x, y)."""
+def evaluate(task: Task, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
+    """Loss and metric of the model on (x, y), and its outputs, in evaluation mode."""
+    model.eval()
     with torch.no_grad():
         logits = model(x)
-        loss = task.loss(logits, y).item()
-        return loss, (logits.argmax(-1) == y).double().mean().item() if task.metric == "accuracy" else loss
+    model.train()
+    loss = task.loss(logits, y).item()
+    return loss, (logits.argmax(-1) == y).double().mean().item() if task.metric == "accuracy" else loss, logits
 
 
 def _mode(optimizer, name: str) -> None:
@@ -92,6 +96,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
     evaluations: int = 20,
+    keep_outputs: bool = False,
     progress: bool = False,
 ) -> History:
     """Train a fresh model and return its history.
@@ -106,6 +111,7 @@ def train(
         init_scale: multiplies every initial parameter.
         dtype, device: of model and data; "auto" takes a GPU if there is one.
         evaluations: how often the test set is looked at.
+        keep_outputs: keep the model's outputs on the test set.
         progress: show a progress bar on standard error.
 
     Raises:
@@ -161,14 +167,17 @@ def train(
                 history.diverged = True
                 break
             _mode(opt, "eval")
-            test_loss, metric = evaluate(task, model, x_test, y_test)
+            test_loss, metric, outputs = evaluate(task, model, x_test, y_test)
+            if keep_outputs:
+                history.outputs.append(outputs.cpu())
             _mode(opt, "train")
             history.steps.append(k)
             history.test_loss.append(test_loss)
             history.test_metric.append(metric)
             for name in ("distance", "effective_lr"):
-                if hasattr(opt, name):
-                    getattr(history, name).append(_row(getattr(opt, name)))
+                row = _row(getattr(opt, name)) if hasattr(opt, name) else []
+                if len(row) == len(history.block_names) > 0:
+                    getattr(history, name).append(row)
         if bar is not None:
             bar.update()
     if bar is not None:

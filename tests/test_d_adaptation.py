@@ -442,7 +442,7 @@ def test_alpha_one_is_d_adaptation_with_a_running_norm(per):
 @pytest.mark.parametrize(("settings_", "sentence"), [
     (dict(scaling="adams"), "unknown scaling 'adams'"), (dict(scaling=3), "unknown scaling 3"),
     (dict(d0=-1.0), "d0 must be a finite number > 0, not -1.0"), (dict(d0=0.0), "d0 must"), (dict(d0=math.inf), "d0 must"),
-    (dict(per="layer"), "per must be 'model' or 'tensor', not 'layer'"),
+    (dict(per="layer"), "per must be one of 'model', 'module', 'tensor', not 'layer'"),
     (dict(betas=(1.0, 0.9)), r"betas\[0\] must be in \[0, 1\), not 1.0"), (dict(betas=(0.9, -0.1)), r"betas\[1\] must be"),
     (dict(betas=(0.9,)), "betas must be a pair"), (dict(growth_rate=1.0), "growth_rate must be > 1, not 1.0"),
     (dict(growth_rate=math.nan), "growth_rate must"), (dict(lr=-1.0), "lr must be a finite number ≥ 0"),
