@@ -456,4 +456,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Worker processes look the functions up by name: in this module, not in __main__.
+    from pslib.experiments import main as imported_main
+
+    sys.exit(imported_main())

@@ -26,7 +26,6 @@ import torch
 from sympy import QQ
 from sympy.polys.matrices import DomainMatrix
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase as ChannelNorm
 
 __all__ = ["Symmetry", "Twin", "rescale", "symmetries", "symmetry", "twin"]
 
@@ -339,10 +338,10 @@ INHOMOGENEOUS = set(
 def _neurons(e: _Equations, solution: dict) -> tuple[dict[str, tuple[int, int]] | None, str]:
     """The exponents along (rows, columns) of every parameter for one factor a neuron; or None and why not."""
     for name, module, x in e.norms:
-        if x in solution and not isinstance(module, ChannelNorm):
-            return None, f"{type(module).__name__} ('{name}') averages over neurons, so that they must share one unit"
-        if x in solution and module.eps:
-            return None, f"{type(module).__name__} ('{name}') has one eps for all channels, so that it would have to be 0"
+        if x in solution:
+            title = type(module).__name__
+            shared = "has one eps for all channels" if title.startswith(("Batch", "Instance")) else "averages over neurons"
+            return None, f"{title} ('{name}') {shared}, so that they must share one unit"
     neurons = {}
     for name in e.names.values():
         forms = {tuple(side[0] * solution.get(side[1], 0) if side else 0 for side in role) for role in e.roles[name]}
@@ -490,8 +489,7 @@ def rescale(model: nn.Module, at, c) -> dict[str, Tensor]:
         if number.ndim and s.neurons is None:
             raise ValueError(f"the neurons at '{s.at}' cannot each have a unit: {s.reason}; give one number c.")
         if number.ndim:
-            forms = s.neurons | {name: (power, 0) for name, power in s.buffers.items()}
-            new = {name: _factor(number, name, tensors[name], *form) for name, form in forms.items()}
+            new = {name: _factor(number, name, tensors[name], *form) for name, form in s.neurons.items()}
         else:
             new = {name: _power(number, power) for name, power in (s.powers | s.buffers).items()}
             for name, power in s.eps.items():
