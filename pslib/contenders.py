@@ -38,6 +38,7 @@ class Contender:
         learning_rate_free: whether it is meant to be used at its defaults.
         needs_model: whether its constructor is given the network, as `model`.
         reparametrize: what it does to the network first, in place.
+        group: makes parameter groups of the parameters.
     """
 
     label: str
@@ -48,6 +49,7 @@ class Contender:
     learning_rate_free: bool = False
     needs_model: bool = False
     reparametrize: Callable[[nn.Module], None] | None = None
+    group: Callable[[list], list] | None = None
 
 
 def _torch(label: str, attribute: str, **fixed) -> Contender:
@@ -87,10 +89,17 @@ CONTENDERS = {
     "psdasgd-tensor": _ours("PS-DA-SGD, tensor", "PSDASGD", per="tensor"),
 }
 
+def _hidden_rows(params: list) -> list[dict]:
+    """The last matrix in a group of its own: its rows may change their lengths, as the output layer's do in the paper."""
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]
+    last = max(i for i, p in enumerate(tensors) if p.dim() > 1)
+    return [{"params": params[:last] + params[last + 1 :]}, {"params": [params[last]], "rows": False}]
+
+
 # Methods that were made against the ill-conditioning of the parameterization.
 REMEDIES = {
     "weight-norm": Contender("Adam, weight normalization", "torch.optim", "Adam", "torch", {}, reparametrize=remedies.weight_normalize),
-    "nd-adam": Contender("ND-Adam", "pslib.remedies", "NDAdam", "pslib", {}),
+    "nd-adam": Contender("ND-Adam", "pslib.remedies", "NDAdam", "pslib", {"rest": 0.1}, group=_hidden_rows),
     "path-sgd": Contender("Path-SGD", "pslib.remedies", "PathSGD", "pslib", {}, needs_model=True),
 }
 
@@ -144,5 +153,7 @@ def make(name: str, params: Iterable, *, model: nn.Module | None = None, **setti
     params = list(params)
     if contender.package != "pslib":
         params = [p[1] if isinstance(p, tuple) else p for p in params]
+    if contender.group is not None:
+        params = contender.group(params)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     return getattr(module, contender.attribute)(params, **{**contender.fixed, **settings})

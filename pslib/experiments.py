@@ -172,13 +172,13 @@ def _scales(task: str, seeds: int) -> list[RunSpec]:
 _ADAM_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _SGD_GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 TWIN_RATES = {
-    "sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 1.0, "mnist1d-cnn": 0.3, "chars-transformer": 0.3}),
-    "momentum": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.3, "mnist1d-cnn": 0.1, "chars-transformer": 0.3}),
+    "sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.3, "mnist1d-cnn": 1.0, "chars-transformer": 1.0}),
+    "momentum": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.3, "chars-transformer": 0.3}),
     "adam": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
     "adamw": _Rates(_ADAM_GRID, {"weight_decay": 0.01}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
     "weight-norm": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
-    "nd-adam": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.1, "chars-transformer": 0.1}),
-    "path-sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.1}),
+    "nd-adam": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.3, "mnist1d-cnn": 0.3, "chars-transformer": 0.3}),
+    "path-sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.3}),
 }
 BEST_ADAMW = {"digits-mlp": 3e-2, "mnist1d-cnn": 3e-2, "mnist1d-resnet": 1e-2}
 

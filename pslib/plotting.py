@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import hashlib
+import html
+import io
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -10,7 +14,7 @@ from matplotlib import pyplot as plt
 
 from .contenders import BLOCKS, CONTENDERS, REMEDIES
 
-__all__ = ["COLOURS", "band", "dots_with_range", "style_of", "use_style"]
+__all__ = ["COLOURS", "band", "dots_with_range", "slider", "style_of", "use_style"]
 
 # Okabe and Ito's palette, told apart by readers with any of the common colour-vision deficiencies.
 COLOURS = {
@@ -85,3 +89,45 @@ def dots_with_range(ax, labels: Sequence[str], values: Sequence[Sequence[float]]
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
 
+
+
+_MOVE = """
+<script>
+(function () {
+  var box = document.getElementById("%s"), input = box.querySelector("input"), shown = box.querySelector("output");
+  var frames = box.querySelectorAll("img");
+  input.addEventListener("input", function () {
+    frames.forEach(function (frame, i) { frame.hidden = i !== Number(input.value); });
+    shown.textContent = frames[input.value].dataset.value;
+    input.setAttribute("aria-valuetext", shown.textContent);
+  });
+})();
+</script>
+"""
+
+
+def slider(figures: Mapping[str, plt.Figure], alt: Mapping[str, str], *, name: str, start: str) -> str:
+    """Figures behind a slider, as HTML that needs no server and nothing from outside; without scripts, the first one shown.
+
+    Args:
+        figures: what the slider says at each position → the figure to show there; they are closed.
+        alt: what is seen in each figure.
+        name: what is moved, for the label.
+        start: the position to begin with.
+    """
+    images, digest, positions = [], hashlib.sha256(), list(figures)
+    for position, figure in figures.items():
+        png = io.BytesIO()
+        figure.savefig(png, format="png", metadata={"Software": None})
+        plt.close(figure)
+        digest.update(png.getvalue())
+        images.append(
+            f'<img src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}" alt="{html.escape(alt[position])}" '
+            f'data-value="{html.escape(position)}" style="max-width: 100%"{"" if position == start else " hidden"}>'
+        )
+    identity, at = f"slider-{digest.hexdigest()[:12]}", positions.index(start)
+    return (
+        f'<div class="pslib-slider" id="{identity}"><label>{html.escape(name)}: <output>{html.escape(start)}</output><br>'
+        f'<input type="range" min="0" max="{len(images) - 1}" step="1" value="{at}" aria-valuetext="{html.escape(start)}" '
+        f'style="width: 100%; max-width: 34rem; min-height: 2rem"></label>{"".join(images)}</div>' + _MOVE % identity
+    )

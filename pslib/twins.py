@@ -427,7 +427,7 @@ def _reason(e: _Equations, node: fx.Node) -> str:
 def _checked(c) -> Tensor:
     """c as a float64 tensor with no or one dimension."""
     ok = isinstance(c, (int, float, Tensor)) and not isinstance(c, bool) and not (isinstance(c, Tensor) and c.ndim > 1)
-    values = torch.as_tensor(c).detach().to("cpu", torch.float64) if ok else torch.tensor(math.nan)
+    values = torch.as_tensor(c, dtype=torch.float64, device="cpu").detach() if ok else torch.tensor(math.nan)
     if not bool((values.isfinite() & (values > 0)).all()):
         raise ValueError(f"c must be a finite number > 0 or a 1-D tensor of such numbers, not {c!r}.")
     return values
