@@ -116,8 +116,8 @@ class NDAdam(torch.optim.Optimizer):
             radius = w.norm(dim=1, keepdim=True)
             _require(
                 bool((radius > 0).all()),
-                f"NDAdam: a row of a {tuple(p.shape)} tensor starts at zero and has no direction; put the tensor in a group with "
-                "rows=False.",
+                f"NDAdam: a row of a {tuple(p.shape)} tensor starts at zero and has no direction; put the tensor in a group "
+                "with rows=False.",
             )
             state["radius"] = radius
         rho = state["radius"]
@@ -147,8 +147,8 @@ def _require_feedforward(model: nn.Module) -> None:
         container = list(module.children()) and not [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         _require(
             container or isinstance(module, LINEAR + PASSES_NONNEGATIVE),
-            f"path scales are defined for feedforward ReLU networks; {type(module).__name__} ({name or 'the model'}) is not one "
-            "of the layers Linear, Conv, ReLU, LeakyReLU, AvgPool, Flatten: choose another optimizer for this model.",
+            f"path scales are defined for feedforward ReLU networks; {type(module).__name__} ({name or 'the model'}) is not "
+            "one of the layers Linear, Conv, ReLU, LeakyReLU, AvgPool, Flatten: choose another optimizer for this model.",
         )
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     _require(

@@ -9,9 +9,10 @@ import time
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from pslib import experiments
-from pslib.experiments import EXPERIMENTS, RunSpec, best, by_setting, collect, load, main, metric, record, rerun
+from pslib.experiments import EXPERIMENTS, RunSpec, best, by_setting, collect, load, main, metric, record, rerun, twin_distance
 
 TINY = [RunSpec("digits-mlp", "adamw", "adamw", {"lr": lr}, seed=s) for s in (0, 1) for lr in (1e-2, 1e-4)]
 
@@ -137,6 +138,54 @@ def test_best_takes_the_rate_with_the_best_mean(tiny, tmp_path):
     assert sum(metric(r) for r in chosen) / 2 == max(means.values())
 
 
+def test_a_twin_is_compared_with_the_network_that_it_is_the_twin_of(tmp_path):
+    def twin(name, **settings):
+        return load(record(RunSpec("digits-mlp", name, name, settings, rescale=2.0**10), "smoke", tmp_path)).curve["twin_distance"]
+
+    assert twin("psdasgd-tensor") == [0.0] * 5
+    adam = twin("adam", lr=0.01)
+    assert len(adam) == 5 and all(0 < d <= 1 for d in adam)
+    original = load(record(RunSpec("digits-mlp", "adam", "adam", {"lr": 0.01}), "smoke", tmp_path))
+    assert "twin_distance" not in original.curve
+
+
+def test_twin_distance_is_the_mean_total_variation():
+    certain = torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+    assert twin_distance(certain, certain) == 0.0
+    assert twin_distance(certain, certain.flip(1)) == 1.0
+    assert twin_distance(certain, torch.zeros(2, 2)) == pytest.approx(0.5)
+    assert twin_distance(certain, torch.full((2, 2), torch.nan)) == 1.0
+
+
+def test_the_original_of_a_family_is_trained_once(tmp_path, monkeypatch):
+    specs = [RunSpec("digits-mlp", "adam", "adam", {"lr": 0.01}, rescale=c, seed=7) for c in (0.5, 2.0, 4.0)]
+    monkeypatch.setitem(EXPERIMENTS, "family", specs)
+    ran = []
+    inner = experiments._run
+    monkeypatch.setattr(experiments, "_run", lambda spec, *a, **k: ran.append(spec.rescale) or inner(spec, *a, **k))
+    assert main(["run", "family", "--preset", "smoke", "--folder", str(tmp_path), "--jobs", "1"]) == 0
+    assert sorted(ran) == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_workers_in_other_processes_record_too(tmp_path):
+    """The command as it is typed, its functions sent to two processes."""
+    code = (
+        "import sys, runpy; from pslib import experiments as e\n"
+        "e.EXPERIMENTS.clear(); e.EXPERIMENTS['tiny'] = [e.RunSpec('digits-mlp', 'adam', 'adam', seed=s) for s in (0, 1)]\n"
+        f"sys.argv[1:] = ['run', '--preset', 'smoke', '--jobs', '2', '--folder', {str(tmp_path)!r}]\n"
+        "runpy.run_module('pslib.experiments', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "digits-mlp").glob("*.json"))) == 2
+
+
+def test_a_run_with_its_own_number_of_steps_has_its_own_file():
+    long, short = RunSpec("digits-mlp", "adam", "adam"), RunSpec("digits-mlp", "adam", "adam", steps=7)
+    assert long.slug != short.slug
+    assert len(experiments._run(short, None).losses) == 7
+
+
 def test_declared_runs_have_files_of_their_own_and_fit_in_json():
     for specs in EXPERIMENTS.values():
         assert len({s.file(experiments.FOLDER) for s in specs}) == len(specs)
@@ -152,7 +201,7 @@ def test_the_book_has_every_declared_run(name):
 def test_the_grid_is_wide_enough():
     rates = {s.settings["lr"] for s in EXPERIMENTS["mnist1d-cnn"] if s.contender == "adamw"}
     assert len(rates) >= 7
-    for task in ("mnist1d-cnn", "digits-mlp", "chars-transformer"):
+    for task in experiments.COMPARED:
         records = best(collect(task))
         for name in ("adamw", "adamw-0.98"):
             # The best rate is inside the grid: "best of the grid" means something.
