@@ -208,7 +208,7 @@ class ParameterScaled(torch.optim.Optimizer):
 
     @property
     def block_names(self) -> list[str]:
-        """What each block is: "model", or the modules' or parameters' names (positions, if they were given without).
+        """The blocks' names, "model", or those of the modules or parameters (positions, if they were given without).
 
         For blocks finer than a tensor these are the names of the tensors, with one block or more in each.
         """
