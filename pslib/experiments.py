@@ -176,7 +176,7 @@ TWIN_RATES = {
     "momentum": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.3, "chars-transformer": 0.3}),
     "adam": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
     "adamw": _Rates(_ADAM_GRID, {"weight_decay": 0.01}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
-    "weight-norm": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.01}),
+    "weight-norm": _Rates(_ADAM_GRID, {}, {"digits-mlp": 0.03, "mnist1d-cnn": 0.03, "chars-transformer": 0.03}),
     "nd-adam": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.3, "mnist1d-cnn": 0.3, "chars-transformer": 0.3}),
     "path-sgd": _Rates(_SGD_GRID, {}, {"digits-mlp": 0.1, "mnist1d-cnn": 0.3}),
 }
