@@ -32,7 +32,7 @@ from .training import History, train
 __all__ = ["EXPERIMENTS", "Record", "RunSpec", "best", "collect", "load", "rerun"]
 
 FOLDER = Path(__file__).resolve().parent.parent / "book" / "runs"
-GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-4, 3e-1)
+GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _contenders() -> list[tuple[str, str, dict]]:
     grid = [
         (name, "adamw", {"lr": lr, "betas": [0.9, beta2], "weight_decay": 0.0})
         for name, beta2 in (("adamw", 0.999), ("adamw-0.98", 0.98))
-        for lr in sorted(GRID)
+        for lr in GRID
     ]
     free = [
         (name, name, {})

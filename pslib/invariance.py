@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "Certificate", "CoordinateUnits", "DiagonalGradient", "LossScale", "Problem", "Rotation", "Sign", "TensorUnits",
-    "Transformation", "Translation", "UniformUnits", "as_html", "as_text", "atlas", "certify", "draw", "groups",
+    "Transformation", "Translation", "UniformUnits", "as_html", "as_text", "atlas", "certify", "draw", "groups", "relative_gap",
     "network_problem", "trajectory",
 ]
 
@@ -285,7 +285,7 @@ def trajectory(
     return path
 
 
-def _gap(x: Params, y: Params) -> float:
+def relative_gap(x: Params, y: Params) -> float:
     """‖x − y‖/‖x‖ over all tensors, in float64; inf where either is not finite."""
     difference = sum((a.double() - b.double()).square().sum() for a, b in zip(x, y, strict=True))
     gap = (difference / sum(a.double().square().sum() for a in x)).sqrt().item()
@@ -300,13 +300,13 @@ def _reference(optimizer: OptimizerFactory, problem: Problem, steps: int) -> tup
         raise ValueError("the optimizer's run on the original problem is not finite; choose another setting or problem.")
     epsilon = torch.finfo(problem.start[0].dtype).eps
     control = trajectory(optimizer, problem, identity, steps, nudge=epsilon)
-    drift = accumulate((_gap(x, y) for x, y in zip(original, control, strict=True)), max)
+    drift = accumulate((relative_gap(x, y) for x, y in zip(original, control, strict=True)), max)
     return original, [64 * max(epsilon, d) for d in drift]
 
 
 def _certificate(original: list[Params], bounds: list[float], mapped: list[Params], name: str) -> Certificate:
     exact = all(torch.equal(a, b) for x, y in zip(original, mapped, strict=True) for a, b in zip(x, y, strict=True))
-    gaps = [_gap(x, y) for x, y in zip(original, mapped, strict=True)]
+    gaps = [relative_gap(x, y) for x, y in zip(original, mapped, strict=True)]
     if exact:
         return Certificate(name, "bit-exact", None, 0.0, bounds[-1], len(gaps))
     pairs = enumerate(zip(gaps, bounds, strict=True), 1)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from . import scalings
 from .estimators import dot
-from .invariance import _gap
+from .invariance import relative_gap
 from .optimizers import PSDASGD, PSSPS, ScaledSGD
 from .tasks import Task, get
 
@@ -327,11 +327,11 @@ def side_by_side(
         nudged, strict=True,
     )
     for (loss, x, opt), (y, plain_opt), disturbed in runs:
-        gaps.append(_gap(x, y))
+        gaps.append(relative_gap(x, y))
         identical &= all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
         losses.append(loss)
         if disturbed is not None:
-            drift = max(drift, _gap(x, disturbed[1]))
+            drift = max(drift, relative_gap(x, disturbed[1]))
             bounds.append(64 * max(epsilon, drift))
         if method == "d-adaptation":
             distances.append(torch.stack([opt.distance.max(), plain_opt.distance.max()]))

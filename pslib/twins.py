@@ -98,7 +98,7 @@ class _Equations:
         try:
             self.nodes = list(_Tracer().trace(model).nodes)
         except Exception as error:
-            raise ValueError(f"the network cannot be traced ({error}); write its forward without branches on values.") from error
+            raise ValueError(f"the network cannot be traced ({error}); write it without branches on values.") from error
         self.model, self.names = model, {id(p): name for name, p in model.named_parameters()}
         self.relations, self.pins, self.norms, self.numbers = [], [], [], set()
         self.marks, self.roles = defaultdict(set), defaultdict(list)
@@ -313,9 +313,9 @@ TABLE = [  # rule, mark of the result, the operations (see `_Equations.name`)
     (same, "relu", "relu"),
     (same, "leaky-relu", "leakyrelu prelu"),
     (same, "max-pool", "maxpool adaptivemaxpool amax amin abs"),
-    (same, None, "identity dropout avgpool adaptiveavgpool mean sum cumsum neg flatten unflatten view reshape permute transpose "
-        "swapaxes movedim t .T .mT contiguous squeeze unsqueeze expand expandas repeat repeatinterleave chunk split unbind getitem "
-        "select narrow roll flip clone detach tril triu"),
+    (same, None, "identity dropout avgpool adaptiveavgpool mean sum cumsum neg flatten unflatten view reshape permute "
+        "transpose swapaxes movedim t .T .mT contiguous squeeze unsqueeze expand expandas repeat repeatinterleave chunk "
+        "split unbind getitem select narrow roll flip clone detach tril triu"),
     (equal, None, "add iadd sub isub cat concat stack"),
     (equal, "max-pool", "max min maximum minimum"),
     (linear, None, "linear conv convtranspose"),

@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 from pslib import PSDASGD, PSSPS, ScaledSGD, rescaled, scalings, tasks
 from pslib.estimators import DAdaptation
 from pslib.invariance import TensorUnits, Transformation, certify, network_problem, trajectory
-from pslib.invariance import _gap as gap
+from pslib.invariance import relative_gap as gap
 from pslib.optimizers import ParameterScaled
 from pslib.rescaled import RescaledNetwork, side_by_side
 from pslib.scalings import Multiplied, PowerOfTwo
