@@ -124,7 +124,7 @@ def _units(seeds: int) -> list[RunSpec]:
 EIGHT = [*OURS, PS_SPS, PRODIGY, *_adamw(1e-3, 3e-3, 1e-2, 3e-2)]
 COMPARED = ("digits-mlp", "mnist1d-cnn", "mnist1d-cnn3", "mnist1d-resnet", "chars-transformer")
 TWIN_STEPS = {"digits-mlp": 900, "mnist1d-cnn": 600, "chars-transformer": 150}
-TWIN_FACTORS = tuple(2.0**exponent for exponent in (0, -10, -7, -4, -2, 2, 4, 7, 10))
+FACTORS = tuple(2.0**exponent for exponent in (0, -10, -7, -4, -2, 2, 4, 7, 10))
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _twins(task: str, seeds: int) -> list[RunSpec]:
     chosen += [("prodigy", "prodigy", {}), ("dog", "dog", {}), PS_SPS, *OURS]
     return [
         RunSpec(task, name, optimizer, settings, seed=seed, rescale=c, steps=TWIN_STEPS[task])
-        for seed in range(seeds) for name, optimizer, settings in chosen for c in TWIN_FACTORS
+        for seed in range(seeds) for name, optimizer, settings in chosen for c in FACTORS
     ]
 
 
@@ -166,7 +166,7 @@ def _blocks(task: str, seeds: int) -> list[RunSpec]:
 def _scales(task: str, seeds: int) -> list[RunSpec]:
     """Initial scales over six orders of magnitude; AdamW at the rates that do best at ×1."""
     chosen = [*OURS, PS_SPS, PRODIGY, *_adamw(BEST_ADAMW[task])]
-    return _initial_scale(task, chosen, [2.0**exponent for exponent in range(-10, 11, 2)], seeds)
+    return _initial_scale(task, chosen, FACTORS, seeds)
 
 
 _ADAM_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
