@@ -115,10 +115,12 @@ def train(
         progress: show a progress bar on standard error.
 
     Raises:
-        ValueError: for an unknown task or schedule.
+        ValueError: for an unknown task or schedule, or no steps.
     """
     task = get(task)
     steps = task.steps if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}.")
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"schedule must be 'cosine' or 'constant', not {schedule!r}.")
     if device == "auto":
