@@ -133,3 +133,8 @@ def test_progress_goes_to_standard_error_only(capsys):
     train("digits-mlp", adam, steps=3, progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "digits-mlp, seed 0" in err and "3/3" in err
+
+
+def test_no_steps_give_a_sentence():
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        train("digits-mlp", PSDASGD, steps=0)
