@@ -470,8 +470,8 @@ def rescale(model: nn.Module, at, c) -> dict[str, Tensor]:
             list with one such c for each of the list `at`.
 
     Returns:
-        By name of a changed parameter, the factor it was multiplied by: original = rescaled / factor.  A 0-d tensor,
-        or one that broadcasts, in the parameter's dtype.
+        The factors that the parameters were multiplied by, under their names, so that original = rescaled / factor.  Each
+        is a 0-d tensor, or one that broadcasts, in the parameter's dtype.
 
     Raises:
         ValueError: if there is no such symmetry, c is not positive and finite or has the wrong length, there is no
