@@ -129,7 +129,15 @@ def glued_pictures(nb):
             if any(m.startswith("application/papermill.record/image/") for m in output.get("data", {}))]
 
 
-CHAPTER_CHECKS = [missing_parts, unsolved_exercises, figures_without_alt, hidden_failures, uses_of_outputs, glued_pictures]
+def glued_representations(nb):
+    """Numbers glued as NumPy's or torch's own, which the text would show as np.int64(6)."""
+    return [cell.id for cell in code_of(nb) for output in cell.outputs
+            if re.match(r"np\.|tensor\(", output.get("data", {}).get("application/papermill.record/text/plain", ""))]
+
+
+CHAPTER_CHECKS = [
+    missing_parts, unsolved_exercises, figures_without_alt, hidden_failures, uses_of_outputs, glued_pictures, glued_representations,
+]
 
 
 @each_notebook
@@ -195,6 +203,11 @@ def test_a_use_of_an_output_is_seen(cell):
 def test_glued_pictures_are_seen():
     output = new_output("display_data", {"application/papermill.record/image/png": "eA=="})
     assert glued_pictures(notebook(code("glue('f', f)", [output])))
+
+
+def test_glued_representations_are_seen():
+    output = new_output("display_data", {"application/papermill.record/text/plain": "np.int64(6)"})
+    assert glued_representations(notebook(code("glue('n', n)", [output])))
 
 
 # --- the tool ---------------------------------------------------------------------------------------
