@@ -81,6 +81,7 @@ CONTENDERS = {
     "dadapt-sgd": _peer("D-Adapt SGD", "dadaptation", "DAdaptSGD", "dadaptation"),
     "prodigy": _peer("Prodigy", "prodigyopt", "Prodigy", "prodigyopt"),
     "dog": _peer("DoG", "dog", "DoG", "dog-optimizer"),
+    "ldog": _peer("L-DoG", "dog", "LDoG", "dog-optimizer"),
     "momo-adam": _peer("MoMo-Adam", "momo", "MomoAdam", "momo-opt"),
     "schedule-free": _peer("Schedule-Free AdamW", "schedulefree", "AdamWScheduleFree", "schedulefree"),
     "sps": _ours("SPS", "PSSPS", scaling="none", betas=(0.0, 0.98)),

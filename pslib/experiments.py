@@ -123,6 +123,46 @@ def _units(seeds: int) -> list[RunSpec]:
 
 EIGHT = [*OURS, PS_SPS, PRODIGY, *_adamw(1e-3, 3e-3, 1e-2, 3e-2)]
 COMPARED = ("digits-mlp", "mnist1d-cnn", "mnist1d-cnn3", "mnist1d-resnet", "chars-transformer")
+WIDE_GRID = (1e-4, *GRID, 1.0)
+MOMENTUM_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+
+
+def _benchmark(task: str, seeds: int) -> list[RunSpec]:
+    """Every contender: those with a learning rate over nine or more of them, the others at their authors' defaults."""
+    tuned = [
+        *((name, "adamw", {"lr": lr, "betas": [0.9, beta2], "weight_decay": 0.0})
+          for name, beta2 in (("adamw", 0.999), ("adamw-0.98", 0.98)) for lr in WIDE_GRID),
+        *(("momentum", "momentum", {"lr": lr}) for lr in MOMENTUM_GRID),
+    ]
+    free = [c for c in _contenders() if "lr" not in c[2]]
+    return [
+        RunSpec(task, name, optimizer, settings, seed=seed) for seed in range(seeds)
+        for name, optimizer, settings in [*free, ("ldog", "ldog", {}), ("psdasgd-model-units", "psdasgd-model-units", {}), *tuned]
+    ]
+
+
+# The one number that is left in each method that needs no learning rate, and the values tried beside its default.
+KNOBS = {
+    "psdasgd-tensor": ("d0", (2.0**-14, 2.0**-11, 2.0**-5, 2.0**-2), {}),
+    "ps-sps": ("c", (0.05, 0.1, 0.5, 1.0), {}),
+    "ps-sps-floor": ("f_star", (0.01, 0.1, 0.5, 1.0), {}),
+    "prodigy-0.98": ("d0", (1e-8, 1e-7, 1e-4, 1e-2), {"betas": [0.9, 0.98]}),
+    "dadapt-adam-0.98": ("d0", (1e-8, 1e-7, 1e-4, 1e-2), {"betas": [0.9, 0.98]}),
+    "dog": ("reps_rel", (1e-8, 1e-7, 1e-4, 1e-2), {}),
+    "momo-adam": ("lr", (1e-4, 1e-3, 1e-1, 1.0), {}),
+    "schedule-free": ("lr", (2.5e-5, 2.5e-4, 2.5e-2, 2.5e-1), {}),
+}
+
+
+def _knobs(task: str, seeds: int) -> list[RunSpec]:
+    """Each method at other values of its one number; the defaults are in the benchmark."""
+    optimizers = {name: optimizer for name, optimizer, _ in _contenders()} | {"ps-sps-floor": "ps-sps"}
+    return [
+        RunSpec(task, f"{name}-{knob}{value:g}", optimizers[name], {knob: value, **settings}, seed=seed)
+        for seed in range(seeds) for name, (knob, values, settings) in KNOBS.items() for value in values
+    ]
+
+
 TWIN_STEPS = {"digits-mlp": 900, "mnist1d-cnn": 600, "chars-transformer": 150}
 FACTORS = tuple(2.0**exponent for exponent in (0, -10, -7, -4, -2, 2, 4, 7, 10))
 
@@ -195,6 +235,8 @@ EXPERIMENTS: dict[str, list[RunSpec]] = {
     **{f"twins-{task}": _twins(task, 3) for task in TWIN_STEPS},
     **{f"blocks-{task}": _blocks(task, 3) for task in COMPARED},
     **{f"scales-{task}": _scales(task, 3) for task in ("digits-mlp", "mnist1d-cnn", "mnist1d-resnet")},
+    **{f"benchmark-{task}": _benchmark(task, 3) for task in COMPARED},
+    **{f"knobs-{task}": _knobs(task, 3) for task in ("mnist1d-resnet", "chars-transformer")},
 }
 
 PRESETS = {"cpu": None, "smoke": 5}
