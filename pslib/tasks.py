@@ -1,41 +1,25 @@
-"""Tasks: data + model + loss, by name.  Nothing is downloaded."""
+"""Tasks: data + model + loss, by name, in up to three sizes.
+
+The preset "cpu" is what two cores train in seconds, "smoke" five steps of that, "full" what a GPU is wanted for (only
+some tasks have it).  A number from one preset says nothing about another.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Data", "Task", "get", "names"]
+from . import datasets
+from .datasets import Data, MissingData
+from .networks import CharacterTransformer, Convolutional, Residual, ResNet, VGG19, VisionTransformer, mlp
 
+__all__ = ["PRESETS", "Data", "MissingData", "Task", "get", "names"]
 
-@dataclass(frozen=True)
-class Data:
-    """Training and test tensors; `sha256` is of their bytes, so that a recorded run says what it saw."""
-
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-    classes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, x_train, y_train, x_test, y_test, classes: int) -> Data:
-        """Build from tensors and hash them."""
-        digest = hashlib.sha256()
-        for t in (x_train, y_train, x_test, y_test):
-            digest.update(t.contiguous().numpy().tobytes())
-        return cls(x_train, y_train, x_test, y_test, classes, digest.hexdigest())
+PRESETS = ("smoke", "cpu", "full")
 
 
 @dataclass(frozen=True)
@@ -50,6 +34,11 @@ class Task:
         batch_size, steps: of one training run.
         metric: "accuracy" (a fraction, higher is better) or "loss" (nats, lower is better).
         rescaled: the modules whose outputs change their unit in the network's function-equivalent twin (`pslib.twins`).
+        evaluations: how often the test set is looked at in a run.
+        augment: whether training images are shifted by up to four points and mirrored, at random.
+        accelerate: whether a GPU computes in bfloat16 where autocast does, channels last, and replays forward and backward as a
+            CUDA graph.  Without a GPU it changes nothing.
+        full: the attributes that are different in the preset "full"; empty if there is none.
     """
 
     name: str
@@ -60,155 +49,79 @@ class Task:
     steps: int
     metric: str
     rescaled: tuple[str, ...] = ()
+    evaluations: int = 20
+    augment: bool = False
+    accelerate: bool = False
+    full: dict = field(default_factory=dict)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean cross-entropy in nats."""
         return F.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
-def cache_folder() -> Path:
-    """Where generated data is kept between runs: $PSLIB_CACHE, else ~/.cache/pslib."""
-    folder = Path(os.environ.get("PSLIB_CACHE", Path.home() / ".cache" / "pslib"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _images(name: str, title: str, load: Callable, build: Callable, full_build: Callable, batch_size: int, steps: int, size: int) -> Task:
+    """Photographs: 10,000 of them reduced to `size` on a CPU, all of them for 60 epochs on a GPU."""
+    full = {
+        "load": load, "build": full_build, "batch_size": 256, "steps": 60 * 50_000 // 256, "evaluations": 20, "augment": True, "accelerate": True,
+    }
+    return Task(name, title, partial(load, 10_000, 1_000, size), build, batch_size, steps, "accuracy", evaluations=5, full=full)
 
 
-@lru_cache
-def _mnist1d() -> Data:
-    path = cache_folder() / "mnist1d.npz"
-    if not path.exists():
-        from mnist1d.data import get_dataset_args, make_dataset
+def _photographs(name: str, title: str, load: Callable) -> list[Task]:
+    def vit(side: int, width: int, heads: int, depth: int):
+        return lambda d: VisionTransformer(d.classes, (3, side), 4, width, heads, depth)
 
-        state = np.random.get_state()
-        made = make_dataset(get_dataset_args())
-        np.random.set_state(state)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as f:
-            np.savez(f, **{k: made[k] for k in ("x", "y", "x_test", "y_test")})
-        os.replace(f.name, path)
-    with np.load(path) as d:
-        x, y, x_test, y_test = (torch.from_numpy(d[k]) for k in ("x", "y", "x_test", "y_test"))
-    return Data.of(x.float(), y.long(), x_test.float(), y_test.long(), 10)
+    made = []
+    for norm, suffix, words in ((True, "-bn", "with batch norm"), (False, "", "without batch norm")):
+        resnet, vgg = (lambda d, w, net=net, norm=norm: net(d.classes, norm, w) for net in (ResNet, VGG19))
+        made += [
+            _images(f"{name}-resnet32{suffix}", f"{title}, ResNet-32 {words}", load, partial(resnet, w=8), partial(resnet, w=16), 64, 120, 16),
+            _images(f"{name}-vgg19{suffix}", f"{title}, VGG-19 {words}", load, partial(vgg, w=8), partial(vgg, w=64), 32, 140, 32),
+        ]
+    return [*made, _images(f"{name}-vit", f"{title}, ViT, patch 4", load, vit(16, 64, 4, 4), vit(32, 192, 3, 9), 64, 150, 16)]
 
 
-@lru_cache
-def _digits() -> Data:
-    from sklearn.datasets import load_digits
+def _gpt(unit: str) -> Task:
+    def build(d: Data, **sizes) -> nn.Module:
+        return CharacterTransformer(d.classes, window=d.x_train.shape[-1], **sizes)
 
-    bunch = load_digits()
-    x, y = torch.from_numpy(bunch.data).float() / 16, torch.from_numpy(bunch.target).long()
-    order = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))
-    x, y = x[order], y[order]
-    return Data.of(x[:1500], y[:1500], x[1500:], y[1500:], 10)
-
-
-WINDOW = 64
-
-
-@lru_cache
-def _characters() -> Data:
-    from pydoc_data.topics import topics
-
-    text = "\n".join(topics[name] for name in sorted(topics))
-    alphabet = sorted(set(text))
-    index = {ch: i for i, ch in enumerate(alphabet)}
-    tokens = torch.tensor([index[ch] for ch in text])
-    cut = int(0.95 * len(tokens))
-    train, test = tokens[:cut].unfold(0, WINDOW + 1, 1), tokens[cut:].unfold(0, WINDOW + 1, WINDOW + 1)[:128]
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Data(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], len(alphabet), digest)
-
-
-class Convolutional(nn.Module):
-    """Strided 1-D convolutions and a linear layer, ReLU between, no normalisation."""
-
-    def __init__(self, classes: int, depth: int = 2, channels: int = 32, kernel: int = 5):
-        super().__init__()
-        sizes = [1] + depth * [channels]
-        self.convs = nn.ModuleList(
-            nn.Conv1d(i, o, kernel, stride=2, padding=kernel // 2) for i, o in zip(sizes, sizes[1:], strict=False)
-        )
-        self.head = nn.Linear(channels * 40 // 2**depth, classes)
-
-    def forward(self, x):
-        x = x.unsqueeze(1)
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.head(x.flatten(1))
-
-
-class Residual(nn.Module):
-    """A 1-D convolution, residual blocks of two more, each followed by batch norm, and a linear layer."""
-
-    def __init__(self, classes: int, channels: int = 24, depth: int = 2):
-        super().__init__()
-        self.stem, self.norm = nn.Conv1d(1, channels, 5, stride=2, padding=2), nn.BatchNorm1d(channels)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv1d(channels, channels, 3, padding=1), nn.BatchNorm1d(channels), nn.ReLU(),
-                nn.Conv1d(channels, channels, 3, padding=1), nn.BatchNorm1d(channels),
-            )
-            for _ in range(depth)
-        )
-        self.head = nn.Linear(channels * 20, classes)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x.unsqueeze(1))))
-        for block in self.blocks:
-            x = F.relu(x + block(x))
-        return self.head(x.flatten(1))
-
-
-def mlp(inputs: int, classes: int, width: int = 64) -> nn.Sequential:
-    """A ReLU network with two hidden layers."""
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
+    full = {
+        "load": partial(datasets.shakespeare, unit, 256, None), "build": partial(build, width=384, heads=6, depth=6), "batch_size": 64,
+        "steps": 2000, "evaluations": 20, "accelerate": True,
+    }
+    return Task(
+        f"shakespeare-{unit}", f"tinyshakespeare, {unit}, GPT", partial(datasets.shakespeare, unit), build, 16, 250, "loss",
+        evaluations=5, full=full,
     )
 
 
-class TransformerBlock(nn.Module):
-    """Pre-norm attention and a ReLU perceptron, each on a residual branch."""
+def _imagenet() -> Task:
+    def vit(d: Data, side: int, patch: int, width: int, heads: int, depth: int) -> nn.Module:
+        return VisionTransformer(d.classes, (3, side), patch, width, heads, depth)
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        h = self.norm1(x)
-        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(self.norm2(x))))
-
-
-class CharacterTransformer(nn.Module):
-    """A small causal transformer over characters."""
-
-    def __init__(self, classes: int, width: int = 64, heads: int = 4, depth: int = 2):
-        super().__init__()
-        self.token, self.position = nn.Embedding(classes, width), nn.Embedding(WINDOW, width)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def forward(self, x):
-        h = self.token(x) + self.position.weight[: x.shape[-1]]
-        for block in self.blocks:
-            h = block(h)
-        return self.head(self.norm(h))
+    full = {
+        "load": datasets.imagenet, "build": partial(vit, side=224, patch=16, width=384, heads=6, depth=12), "batch_size": 1024,
+        "steps": 90 * 1_281_167 // 1024, "evaluations": 20, "augment": True, "accelerate": True,
+    }
+    return Task(
+        "imagenet-vit", "ImageNet-1K, ViT, patch 16", partial(datasets.imagenet, 32), partial(vit, side=32, patch=8, width=64, heads=4, depth=2),
+        64, 100, "accuracy", evaluations=5, full=full,
+    )
 
 
 TASKS = {
     t.name: t
     for t in (
-        Task("mnist1d-cnn", "MNIST-1D, convolutional network", _mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy", ("convs.0",)),
-        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", _mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", ("convs.0",)),
-        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", _mnist1d, lambda d: Residual(d.classes), 100, 600, "accuracy", ("blocks.0.1", "blocks.1.1")),
-        Task("digits-mlp", "digits, perceptron", _digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy", ("0",)),
-        Task("chars-transformer", "characters, transformer", _characters, lambda d: CharacterTransformer(d.classes), 16, 300, "loss",
+        Task("mnist1d-cnn", "MNIST-1D, convolutional network", datasets.mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy", ("convs.0",)),
+        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", datasets.mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", ("convs.0",)),
+        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", datasets.mnist1d, lambda d: Residual(d.classes), 100, 600, "accuracy", ("blocks.0.1", "blocks.1.1")),
+        Task("digits-mlp", "digits, perceptron", datasets.digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy", ("0",)),
+        Task("digits-vit", "digits, ViT, patch 2", datasets.digit_images, lambda d: VisionTransformer(d.classes, (1, 8), 2, 32, 4, 2), 50, 250, "accuracy"),
+        Task("chars-transformer", "characters, transformer", datasets.topics, lambda d: CharacterTransformer(d.classes), 16, 300, "loss",
              tuple(f"blocks.{i}.{name}" for i in range(2) for name in ("query", "value", "up"))),
+        *_photographs("cifar10", "CIFAR-10 (JPEG)", datasets.cifar10),
+        *_photographs("cifar100", "CIFAR-100", datasets.cifar100),
+        _imagenet(), _gpt("characters"), _gpt("bytes"),
     )
 }
 
@@ -218,14 +131,19 @@ def names() -> list[str]:
     return list(TASKS)
 
 
-def get(name: str | Task) -> Task:
-    """Return the task of that name (or the task itself).
+def get(name: str | Task, preset: str = "cpu") -> Task:
+    """Return the task of that name (or the task itself) in the size of that preset.
 
     Raises:
-        ValueError: if there is no such task.
+        ValueError: if there is no such task or preset, or the task does not have it.
     """
     if isinstance(name, Task):
         return name
     if name not in TASKS:
         raise ValueError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}.")
-    return TASKS[name]
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+    task = TASKS[name]
+    if preset == "full" and not task.full:
+        raise ValueError(f"{name} has no preset 'full': 'cpu' is all there is of it.")
+    return replace(task, full={}, **task.full) if preset == "full" else replace(task, steps=5) if preset == "smoke" else task

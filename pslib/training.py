@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
+import pickle
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .tasks import Task, get
 
-__all__ = ["History", "train", "train_seeds"]
+__all__ = ["History", "Paused", "train", "train_seeds"]
 
 
 @dataclass
@@ -64,14 +69,23 @@ class History:
         return self.test_metric[-1]
 
 
-def evaluate(task: Task, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
+class Paused(Exception):
+    """The deadline came before the run was over; what is done so far is in the checkpoint."""
+
+
+def evaluate(task: Task, model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> tuple[float, float, Tensor]:
     """Loss and metric of the model on (x, y), and its outputs, in evaluation mode."""
     model.eval()
-    with torch.no_grad():
-        logits = model(x)
+    with torch.no_grad(), _autocast(autocast):
+        logits = torch.cat([model(x[i : i + 1024]) for i in range(0, len(x), 1024)]).float() if autocast or len(x) > 1024 else model(x)
     model.train()
     loss = task.loss(logits, y).item()
     return loss, (logits.argmax(-1) == y).double().mean().item() if task.metric == "accuracy" else loss, logits
+
+
+def _autocast(on: bool):
+    # Without the cache of cast weights: a CUDA graph must not keep last step's.
+    return torch.autocast("cuda", torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 def _mode(optimizer, name: str) -> None:
@@ -82,6 +96,158 @@ def _mode(optimizer, name: str) -> None:
 
 def _row(values: Tensor) -> list[float]:
     return values.detach().cpu().tolist()
+
+
+def _place(t, device: str, dtype: torch.dtype):
+    """The data on the device.  Overlapping windows stay views of one row of tokens, which is all that is moved."""
+    if not isinstance(t, Tensor):
+        return t.to(device, dtype)
+    if t.ndim > 1 and t.stride(0) < t.shape[1]:
+        row = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0).to(device)
+        return row.as_strided(t.size(), t.stride(), t.storage_offset())
+    return t.to(device, dtype if t.is_floating_point() else None)
+
+
+SHIFT = 4
+
+
+def augment(x: Tensor, moves: Tensor) -> Tensor:
+    """Shift each image, filling with zeros, and mirror it or not.
+
+    Args:
+        x: [n, channels, height, width].
+        moves: [n, 3], integers: down and right by 0 … 2·SHIFT, less SHIFT; and whether to mirror.
+    """
+    n, channels, height, width = x.shape
+    padded = F.pad(x, (SHIFT,) * 4)
+    rows = 2 * SHIFT - moves[:, 0, None] + torch.arange(height, device=x.device)
+    columns = torch.arange(width, device=x.device).expand(n, -1)
+    columns = 2 * SHIFT - moves[:, 1, None] + torch.where(moves[:, 2, None] == 1, width - 1 - columns, columns)
+    images, colours = torch.arange(n, device=x.device), torch.arange(channels, device=x.device)
+    return padded[images[:, None, None, None], colours[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class _Batches:
+    """Batches in a new order every epoch; drawn on the CPU, so that every device sees the same, an epoch at a time."""
+
+    def __init__(self, task: Task, examples: int, seed: int, device: str):
+        self.task, self.examples, self.device = task, examples, device
+        self.generator, self.left = torch.Generator().manual_seed(seed), torch.empty(0, 1, dtype=torch.long)
+
+    def next(self) -> Tensor:
+        """[batch, 1] or, with augmentation, [batch, 4]: the examples and how each is moved, on the device."""
+        if len(self.left) < self.task.batch_size:
+            columns = [torch.randperm(self.examples, generator=self.generator)]
+            if self.task.augment:
+                columns += [torch.randint(high, (self.examples,), generator=self.generator) for high in (2 * SHIFT + 1, 2 * SHIFT + 1, 2)]
+            self.left = torch.stack(columns, 1).to(self.device)
+        now, self.left = self.left[: self.task.batch_size], self.left[self.task.batch_size :]
+        return now
+
+    def state(self) -> tuple:
+        """What a checkpoint keeps."""
+        return self.generator.get_state(), self.left.cpu()
+
+    def restore(self, state: tuple) -> None:
+        """Go on from there."""
+        self.generator.set_state(state[0])
+        self.left = state[1].to(self.device)
+
+
+class _Step:
+    """Forward and backward for one batch; on a GPU, if the task says so, as a CUDA graph that is replayed."""
+
+    def __init__(self, task: Task, model: nn.Module, x, y: Tensor):
+        self.task, self.model, self.x, self.y = task, model, x, y
+        self.fast = task.accelerate and y.is_cuda
+        self.graph = None
+
+    def _forward_backward(self, batch: Tensor) -> Tensor:
+        x = self.x[batch[:, 0]]
+        if self.task.augment:
+            x = augment(x, batch[:, 1:])
+        if self.fast and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with _autocast(self.fast):
+            loss = self.task.loss(self.model(x), self.y[batch[:, 0]])
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The loss; the gradients are in the parameters.  Data that is decoded on the way cannot be in a graph."""
+        if not self.fast or not isinstance(self.x, Tensor):
+            optimizer.zero_grad()
+            return self._forward_backward(batch)
+        if self.graph is None:
+            self._capture(batch)
+        self.batch.copy_(batch)
+        self.graph.replay()
+        return self.loss.clone()
+
+    def _capture(self, batch: Tensor) -> None:
+        self.batch = batch.clone()
+        # The rehearsals that capturing needs must leave no trace in the running statistics of batch norm.
+        kept = [b.clone() for b in self.model.buffers()]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._forward_backward(self.batch)
+                self.model.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._forward_backward(self.batch)
+        with torch.no_grad():
+            for b, before in zip(self.model.buffers(), kept, strict=True):
+                b.copy_(before)
+
+
+class _Checkpoint:
+    """A run in one file: everything that moves, written whole or not at all, with the optimizer as it is.
+
+    Not every optimizer keeps its whole state in `state_dict`, so its attributes are pickled; parameters and modules in them
+    are replaced by their names, and found again in the model that the next process builds.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.path, self.model, self.optimizer = path, model, optimizer
+        self.named = {**dict(model.named_parameters()), **{f"module {n}": m for n, m in model.named_modules()}}
+
+    def save(self, **run) -> None:
+        """Replace the file once the new one is complete."""
+        names = {id(value): name for name, value in self.named.items()}
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value):
+                return names.get(id(value))
+
+        # Hooks, and the step that a scheduler has wrapped, belong to the process.
+        attributes = {k: v for k, v in vars(self.optimizer).items() if not callable(v) and not k.startswith("_optimizer_")}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".", suffix=".part", delete=False) as f:
+            Pickler(f).dump({"model": self.model.state_dict(), "optimizer": attributes, **run})
+        os.replace(f.name, self.path)
+
+    def load(self) -> dict | None:
+        """Put model and optimizer where they were and return the rest; None if there is no file or it cannot be read."""
+        named = self.named
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, name):
+                return named[name]
+
+        try:
+            with open(self.path, "rb") as f:
+                run = Unpickler(f).load()
+            self.model.load_state_dict(run.pop("model"))
+        except FileNotFoundError:
+            return None
+        except (OSError, EOFError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError):
+            # Of another version of the code, or damaged: the run starts again, which costs time and nothing else.
+            return None
+        vars(self.optimizer).update(run.pop("optimizer"))
+        return run
 
 
 def train(
@@ -95,9 +261,11 @@ def train(
     init_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
     device: str = "auto",
-    evaluations: int = 20,
+    evaluations: int | None = None,
     keep_outputs: bool = False,
     progress: bool = False,
+    checkpoint: Path | None = None,
+    deadline: float = math.inf,
 ) -> History:
     """Train a fresh model and return its history.
 
@@ -110,15 +278,19 @@ def train(
         prepare: changes the fresh model in place, before the optimizer sees it.
         init_scale: multiplies every initial parameter.
         dtype, device: of model and data; "auto" takes a GPU if there is one.
-        evaluations: how often the test set is looked at.
+        evaluations: how often the test set is looked at (default: the task's).
         keep_outputs: keep the model's outputs on the test set.
         progress: show a progress bar on standard error.
+        checkpoint: a file that the run is kept in, every half minute and at the deadline; if it is there, the run goes on from it.
+        deadline: a time (`time.time()`) after which no further step is made.
 
     Raises:
         ValueError: for an unknown task or schedule, or no steps.
+        Paused: at the deadline, if there is a checkpoint to go on from.
     """
     task = get(task)
     steps = task.steps if steps is None else steps
+    evaluations = task.evaluations if evaluations is None else evaluations
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}.")
     if schedule not in ("cosine", "constant"):
@@ -126,9 +298,7 @@ def train(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     data = task.load()
-    x_train, y_train, x_test, y_test = (
-        t.to(device, dtype if t.is_floating_point() else None) for t in (data.x_train, data.y_train, data.x_test, data.y_test)
-    )
+    x_train, y_train, x_test, y_test = (_place(t, device, dtype) for t in (data.x_train, data.y_train, data.x_test, data.y_test))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task.build(data)
@@ -136,40 +306,49 @@ def train(
         for p in model.parameters():
             p.mul_(init_scale)
     model.to(device, dtype)
+    fast = task.accelerate and device == "cuda"
+    if fast and x_train.ndim == 4:
+        model.to(memory_format=torch.channels_last)
     if prepare is not None:
         prepare(model)
     opt = optimizer(model.named_parameters())
     takes_loss = "loss" in inspect.signature(opt.step).parameters
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps) if schedule == "cosine" else None
-    order = torch.Generator().manual_seed(seed)
-    history = History(task.name, seed, task.metric, model=model, optimizer=opt, block_names=list(getattr(opt, "block_names", [])))
+    history = History(task.name, seed, task.metric, block_names=list(getattr(opt, "block_names", [])))
     looks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    losses, batches, train_seconds, start = [], torch.empty(0, dtype=torch.long), 0.0, time.perf_counter()
+    batches, step = _Batches(task, len(x_train), seed, device), _Step(task, model, x_train, y_train)
+    losses, done, start = [], 0, time.perf_counter()
+    kept = None if checkpoint is None else _Checkpoint(checkpoint, model, opt)
+    before = kept.load() if kept else None
+    if before is not None:
+        done, losses, history = before["done"], [before["losses"].to(device)], before["history"]
+        batches.restore(before["batches"])
+        start -= history.seconds
+        if scheduler is not None:
+            scheduler.load_state_dict(before["scheduler"])
     bar = None
     if progress:
         from tqdm import tqdm
 
-        bar = tqdm(total=steps, desc=f"{task.name}, seed {seed}", file=sys.stderr)
-    _mode(opt, "train")
-    for k in range(1, steps + 1):
-        tick = time.perf_counter()
-        if len(batches) < task.batch_size:
-            batches = torch.randperm(len(x_train), generator=order)
-        now, batches = batches[: task.batch_size].to(device), batches[task.batch_size :]
-        opt.zero_grad()
-        loss = task.loss(model(x_train[now]), y_train[now])
-        loss.backward()
-        opt.step(loss=loss.detach()) if takes_loss else opt.step()
+        bar = tqdm(total=steps, initial=done, desc=f"{task.name}, seed {seed}", file=sys.stderr)
+    if before is None:
+        _mode(opt, "train")
+    tick = saved = time.perf_counter()
+    for k in range(done + 1, steps + 1):
+        loss = step(batches.next(), opt)
+        opt.step(loss=loss) if takes_loss else opt.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append(loss.detach())
-        train_seconds += time.perf_counter() - tick
+        losses.append(loss.reshape(1))
         if k in looks:
-            if not math.isfinite(losses[-1].item()):
+            finite = math.isfinite(losses[-1].item())
+            # Reading the loss has waited for the device.
+            history.step_seconds += time.perf_counter() - tick
+            if not finite:
                 history.diverged = True
                 break
             _mode(opt, "eval")
-            test_loss, metric, outputs = evaluate(task, model, x_test, y_test)
+            test_loss, metric, outputs = evaluate(task, model, x_test, y_test, fast)
             if keep_outputs:
                 history.outputs.append(outputs.cpu())
             _mode(opt, "train")
@@ -180,14 +359,29 @@ def train(
                 row = _row(getattr(opt, name)) if hasattr(opt, name) else []
                 if len(row) == len(history.block_names) > 0:
                     getattr(history, name).append(row)
+            tick = time.perf_counter()
         if bar is not None:
             bar.update()
+        up = time.time() > deadline and k < steps
+        if kept and (up or time.perf_counter() - saved > 30):
+            losses = [torch.cat(losses)]
+            if y_train.is_cuda:
+                torch.cuda.synchronize()
+            history.step_seconds += time.perf_counter() - tick
+            history.seconds = time.perf_counter() - start
+            kept.save(done=k, losses=losses[0].cpu(), history=history, batches=batches.state(), scheduler=scheduler and scheduler.state_dict())
+            if up:
+                raise Paused(f"{task.name}, seed {seed}: {k} of {steps} steps done.")
+            tick = saved = time.perf_counter()
     if bar is not None:
         bar.close()
     _mode(opt, "eval")
-    history.losses = torch.stack(losses).cpu()
+    history.model, history.optimizer = model, opt
+    history.losses = torch.cat(losses).cpu()
     history.diverged |= not bool(torch.isfinite(history.losses).all())
-    history.seconds, history.step_seconds = time.perf_counter() - start, train_seconds / len(losses)
+    history.seconds, history.step_seconds = time.perf_counter() - start, history.step_seconds / len(history.losses)
+    if kept:
+        kept.path.unlink(missing_ok=True)
     return history
 
 

