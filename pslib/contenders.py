@@ -17,7 +17,7 @@ from . import remedies
 from .estimators import Blocks
 from .optimizers import PSDASGD
 
-__all__ = ["BLOCKS", "CONTENDERS", "REMEDIES", "AnyBlock", "Contender", "make", "prepare"]
+__all__ = ["ALL", "BLOCKS", "CONTENDERS", "REMEDIES", "AnyBlock", "Contender", "make", "prepare"]
 
 
 class AnyBlock(PSDASGD):
@@ -120,7 +120,7 @@ BLOCKS = {
     "psdasgd-tensor-neuron-units": _blocks("tensor, units per neuron", per="tensor", units="neuron"),
 }
 
-_ALL = {**CONTENDERS, **REMEDIES, **BLOCKS}
+ALL = {**CONTENDERS, **REMEDIES, **BLOCKS}
 
 
 def prepare(name: str, model: nn.Module) -> None:
@@ -130,9 +130,9 @@ def prepare(name: str, model: nn.Module) -> None:
 
 
 def _contender(name: str) -> Contender:
-    if name not in _ALL:
-        raise ValueError(f"there is no optimizer {name!r}; choose one of {', '.join(_ALL)}.")
-    return _ALL[name]
+    if name not in ALL:
+        raise ValueError(f"there is no optimizer {name!r}; choose one of {', '.join(ALL)}.")
+    return ALL[name]
 
 
 def make(name: str, params: Iterable, *, model: nn.Module | None = None, **settings) -> torch.optim.Optimizer:

@@ -246,7 +246,7 @@ EXPERIMENTS: dict[str, list[RunSpec]] = {
     **{f"blocks-{task}": _blocks(task, 3) for task in COMPARED},
     **{f"scales-{task}": _scales(task, 3) for task in ("digits-mlp", "mnist1d-cnn", "mnist1d-resnet")},
     **{f"benchmark-{task}": _benchmark(task, 3) for task in BENCHMARK},
-    **{f"knobs-{task}": _knobs(task, 3) for task in ("mnist1d-resnet", "chars-transformer")},
+    **{f"knobs-{task}": _knobs(task, 3) for task in ("mnist1d-resnet", "digits-vit")},
 }
 
 @dataclass(frozen=True)

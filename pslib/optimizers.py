@@ -26,7 +26,12 @@ UNITS = units.KINDS
 __all__ = ["PSDASGD", "PSSPS", "ParameterScaled", "ScaledSGD"]
 
 
-def _require(ok: bool, sentence: str) -> None:
+def require(ok: bool, sentence: str) -> None:
+    """Refuse a setting with that sentence.
+
+    Raises:
+        ValueError: unless `ok`.
+    """
     if not ok:
         raise ValueError(sentence)
 
@@ -57,8 +62,8 @@ class ParameterScaled(torch.optim.Optimizer):
     offered = ("model", "module", "tensor")
 
     def __init__(self, params, defaults: dict, *, scaling, estimator: Estimator, per: str, units: str | None = None):
-        _require(per in self.offered, f"per must be one of {', '.join(map(repr, self.offered))}, not {per!r}.")
-        _require(units in (None, *UNITS), f"units must be one of None, {', '.join(map(repr, UNITS))}, not {units!r}.")
+        require(per in self.offered, f"per must be one of {', '.join(map(repr, self.offered))}, not {per!r}.")
+        require(units in (None, *UNITS), f"units must be one of None, {', '.join(map(repr, UNITS))}, not {units!r}.")
         self.scaling = scalings.get(scaling)
         self.estimator = estimator
         self.per, self.units = per, units
@@ -73,25 +78,25 @@ class ParameterScaled(torch.optim.Optimizer):
         """
         group = {**self.defaults, **param_group}
         betas = group["betas"]
-        _require(isinstance(betas, (tuple, list)) and len(betas) == 2, f"betas must be a pair of numbers, not {betas!r}.")
+        require(isinstance(betas, (tuple, list)) and len(betas) == 2, f"betas must be a pair of numbers, not {betas!r}.")
         b1, b2 = betas
-        _require(_number(b1) and 0 <= b1 < 1, f"betas[0] must be in [0, 1), not {b1!r}.")
-        _require(_number(b2) and 0 <= b2 < 1, f"betas[1] must be in [0, 1), not {b2!r}.")
+        require(_number(b1) and 0 <= b1 < 1, f"betas[0] must be in [0, 1), not {b1!r}.")
+        require(_number(b2) and 0 <= b2 < 1, f"betas[1] must be in [0, 1), not {b2!r}.")
         for name in ("lr", "eps", "weight_decay"):
             value = float(group[name]) if isinstance(group[name], Tensor) else group[name]
-            _require(_number(value) and 0 <= value < math.inf, f"{name} must be a finite number ≥ 0, not {value!r}.")
+            require(_number(value) and 0 <= value < math.inf, f"{name} must be a finite number ≥ 0, not {value!r}.")
         unit = group.get("unit")
-        _require(unit is None or (_number(unit) and 0 < unit < math.inf), f"unit must be None or a finite number > 0, not {unit!r}.")
+        require(unit is None or (_number(unit) and 0 < unit < math.inf), f"unit must be None or a finite number > 0, not {unit!r}.")
         if self.param_groups and self.per in ("model", "module"):
             shared = self.param_groups[0]["betas"][1]
-            _require(b2 == shared, f"per={self.per!r} shares one distance, so betas[1] must be {shared} in every group, not {b2}.")
+            require(b2 == shared, f"per={self.per!r} shares one distance, so betas[1] must be {shared} in every group, not {b2}.")
         super().add_param_group(param_group)
-        _require(
+        require(
             self.per != "module" or "param_names" in self.param_groups[-1],
             "per='module' needs names; pass model.named_parameters().",
         )
         for p in self.param_groups[-1]["params"]:
-            _require(not p.is_complex(), "complex parameters are not supported; optimize torch.view_as_real(p) instead.")
+            require(not p.is_complex(), "complex parameters are not supported; optimize torch.view_as_real(p) instead.")
 
     def step(self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None):
         """Take one step and return the loss, if there is one.
@@ -106,16 +111,16 @@ class ParameterScaled(torch.optim.Optimizer):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Tensor] | None, loss: Tensor | float | None = None):
         if closure is not None:
-            _require(loss is None, "give step a closure or a loss, not both.")
+            require(loss is None, "give step a closure or a loss, not both.")
             with torch.enable_grad():
                 loss = closure()
         if self.estimator.needs_loss:
-            _require(
+            require(
                 loss is not None,
                 f"{type(self).__name__}.step needs the loss: call step(loss=loss) after loss.backward(), or pass a closure.",
             )
             value = torch.as_tensor(loss).detach()
-            _require(value.numel() == 1, f"the loss must be a scalar, not a tensor of shape {tuple(value.shape)}.")
+            require(value.numel() == 1, f"the loss must be a scalar, not a tensor of shape {tuple(value.shape)}.")
             value = value.reshape(())
         else:
             value = None
@@ -303,10 +308,10 @@ class PSSPS(ParameterScaled):
         self, params, lr: float = 1.0, *, betas=(0.9, 0.98), eps: float = 0.0, c: float = 0.2, f_star: float = 0.0,
         d0: float = 2.0**-8, growth_rate: float = 2 ** (1 / 20), scaling="adam", weight_decay: float = 0.0,
     ):
-        _require(_number(c) and 0 < c < math.inf, f"c must be a finite number > 0, not {c!r}.")
-        _require(_number(f_star) and abs(f_star) < math.inf, f"f_star must be a finite number, not {f_star!r}.")
-        _require(_number(d0) and d0 > 0, f"d0 must be > 0, not {d0!r}.")
-        _require(_number(growth_rate) and growth_rate >= 1, f"growth_rate must be ≥ 1, not {growth_rate!r}.")
+        require(_number(c) and 0 < c < math.inf, f"c must be a finite number > 0, not {c!r}.")
+        require(_number(f_star) and abs(f_star) < math.inf, f"f_star must be a finite number, not {f_star!r}.")
+        require(_number(d0) and d0 > 0, f"d0 must be > 0, not {d0!r}.")
+        require(_number(growth_rate) and growth_rate >= 1, f"growth_rate must be ≥ 1, not {growth_rate!r}.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults, scaling=scaling, estimator=Polyak(c, f_star, d0, growth_rate), per="model")
 
@@ -364,8 +369,8 @@ class PSDASGD(ParameterScaled):
         absolute = per == "model" and units is None
         if d0 is None:
             d0 = 1e-6 if absolute else 2.0**-8
-        _require(_number(d0) and 0 < d0 < math.inf, f"d0 must be a finite number > 0, not {d0!r}.")
-        _require(_number(growth_rate) and growth_rate > 1, f"growth_rate must be > 1, not {growth_rate!r}.")
+        require(_number(d0) and 0 < d0 < math.inf, f"d0 must be a finite number > 0, not {d0!r}.")
+        require(_number(growth_rate) and growth_rate > 1, f"growth_rate must be > 1, not {growth_rate!r}.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, unit=unit)
         estimator = DAdaptation(d0, growth_rate, relative=not absolute and units is None)
         super().__init__(params, defaults, scaling=scaling, estimator=estimator, per=per, units=units)

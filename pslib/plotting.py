@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -13,9 +14,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from .contenders import BLOCKS, CONTENDERS, REMEDIES
+from .contenders import ALL
 
-__all__ = ["COLOURS", "band", "dots_with_range", "slider", "style_of", "use_style"]
+__all__ = ["COLOURS", "band", "dots_with_range", "slider", "style_of", "toggles", "use_style"]
 
 # Okabe and Ito's palette, told apart by readers with any of the common colour-vision deficiencies.
 COLOURS = {
@@ -24,16 +25,18 @@ COLOURS = {
 }
 
 _STYLES = {
-    "sgd": ("grey", "-"), "momentum": ("grey", "--"), "adam": ("black", "-"), "adamw": ("black", "-"),
-    "adamw-default": ("black", ":"), "adamw-0.98": ("black", "--"), "amsgrad": ("grey", "-."), "rmsprop": ("sky", "--"),
+    "sgd": ("grey", "-"), "momentum": ("grey", "--"), "adam": ("grey", "-."), "adamw": ("black", "-"),
+    "adamw-default": ("black", ":"), "adamw-0.98": ("black", "--"), "amsgrad": ("purple", "-."), "rmsprop": ("sky", "--"),
     "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-adam-0.98": ("sky", "-."), "dadapt-sgd": ("sky", ":"), "prodigy": ("purple", "-"),
-    "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "momo-adam": ("orange", ":"), "schedule-free": ("green", ":"),
+    "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "ldog": ("sky", "--"), "momo-adam": ("orange", ":"), "schedule-free": ("green", ":"),
     "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "--"), "psdasgd-tensor": ("vermilion", "-"),
     "weight-norm": ("sky", "-"), "nd-adam": ("green", "-"), "path-sgd": ("green", "--"), "psdasgd-module": ("blue", "-."),
     "psdasgd-neuron": ("orange", "-"), "psdasgd-coordinate": ("orange", ":"), "psdasgd-model-units": ("blue", "-"),
     "psdasgd-module-units": ("green", "-."), "psdasgd-model-neuron-units": ("purple", "-"), "psdasgd-tensor-neuron-units": ("vermilion", "--"),
 }
 
+
+_CSS_LINE = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}
 
 _VARIANTS = {
     "adamw-0.98": "AdamW, β₂ = 0.98", "adamw-default": "AdamW, default", "prodigy-0.98": "Prodigy, β₂ = 0.98",
@@ -55,8 +58,7 @@ def use_style() -> None:
 def style_of(name: str) -> dict:
     """Line colour, dash and label of an optimizer (a contender's name, here or in the experiments), the same on every page."""
     colour, dash = _STYLES.get(name, ("black", "-"))
-    known = {**CONTENDERS, **REMEDIES, **BLOCKS}
-    label = known[name].label if name in known else _VARIANTS.get(name, name)
+    label = ALL[name].label if name in ALL else _VARIANTS.get(name, name)
     return {"color": COLOURS[colour], "linestyle": dash, "label": label}
 
 
@@ -71,7 +73,7 @@ def band(ax, x: Sequence[float], curves, **style) -> None:
     """
     curves = np.asarray(curves, dtype=float)
     (line,) = ax.plot(x, curves.mean(0), **style)
-    ax.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.18, linewidth=0)
+    ax.fill_between(x, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.18, linewidth=0, gid=style.get("gid"))
 
 
 def dots_with_range(ax, labels: Sequence[str], values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
@@ -133,4 +135,81 @@ def slider(figures: Mapping[str, plt.Figure], alt: Mapping[str, str], *, name: s
         f'<div class="pslib-slider" id="{identity}"><label>{html.escape(name)}: <output>{html.escape(start)}</output><br>'
         f'<input type="range" min="0" max="{len(images) - 1}" step="1" value="{at}" aria-valuetext="{html.escape(start)}" '
         f'style="width: 100%; max-width: 34rem; min-height: 2rem"></label>{"".join(images)}</div>' + _MOVE % identity
+    )
+
+
+_TOGGLE = """
+<script>
+(function () {
+  var box = document.getElementById("%s"), shown = box.querySelector("output"), before = shown.textContent;
+  var lines = Array.from(box.querySelectorAll("g[data-series]"));
+  function point(name, text) {
+    lines.forEach(function (line) { line.style.opacity = name === null || line.dataset.series === name ? "" : "0.15"; });
+    shown.textContent = name === null ? before : text;
+  }
+  box.querySelectorAll("label").forEach(function (label) {
+    var input = label.querySelector("input"), name = input.value, text = label.title;
+    input.addEventListener("change", function () {
+      lines.forEach(function (line) { if (line.dataset.series === name) line.style.display = input.checked ? "" : "none"; });
+    });
+    [label].concat(lines.filter(function (line) { return line.dataset.series === name; })).forEach(function (part) {
+      part.addEventListener("pointerenter", function () { point(name, text); });
+      part.addEventListener("pointerleave", function () { point(null); });
+    });
+    input.addEventListener("focus", function () { point(name, text); });
+    input.addEventListener("blur", function () { point(null); });
+  });
+  lines.forEach(function (line) {
+    line.querySelectorAll("path").forEach(function (path) {
+      var wide = path.cloneNode(false);
+      wide.setAttribute("style", "fill: none; stroke: transparent; stroke-width: 12; pointer-events: stroke");
+      line.appendChild(wide);
+    });
+  });
+})();
+</script>
+"""
+
+
+def toggles(figure: plt.Figure, series: Mapping[str, str], alt: str, *, hidden: Sequence[str] = ()) -> str:
+    """A figure whose lines are shown and hidden by check boxes, and named when they are pointed at, as HTML.
+
+    It needs no server and nothing from outside; without scripts, every line is shown.
+
+    Args:
+        figure: closed here; the artists of a series carry its contender's name as `gid`.
+        series: the name of each → what to say when it is pointed at.
+        alt: what is seen.
+        hidden: the names that are switched off at first.
+    """
+    drawn = io.StringIO()
+    digest = hashlib.sha256(repr((sorted(series.items()), alt)).encode()).hexdigest()[:12]
+    # Identifiers inside the picture come from the salt: two pictures on a page must not share them.
+    with mpl.rc_context({"svg.hashsalt": digest, "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :]
+    off = set(hidden)
+
+    def group(match: re.Match) -> str:
+        name = match[1]
+        if name not in series:
+            return f'<g id="{digest}-{name}"'
+        return f'<g data-series="{html.escape(name)}"' + (' style="display: none"' if name in off else "")
+
+    svg = re.sub(r'<g id="([^"]+)"', group, svg)
+    svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width: 100%; height: auto; background: white" ', svg, count=1)
+    boxes = []
+    for name, text in series.items():
+        style = style_of(name)
+        boxes.append(
+            f'<label title="{html.escape(text)}" style="display: inline-block; margin-right: 1em; min-height: 1.6rem">'
+            f'<input type="checkbox" value="{html.escape(name)}"{"" if name in off else " checked"}> '
+            f'<span aria-hidden="true" style="display: inline-block; width: 1.6em; vertical-align: middle; border-top: 3px '
+            f'{_CSS_LINE[style["linestyle"]]} {style["color"]}"></span> {html.escape(style["label"])}</label>'
+        )
+    return (
+        f'<div class="pslib-toggles" id="toggles-{digest}">{svg}<p><output>Point at a line, or at its name, to read it.</output></p>'
+        f'<div role="group" aria-label="Which lines to show">{"".join(boxes)}</div></div>' + _TOGGLE % f"toggles-{digest}"
     )

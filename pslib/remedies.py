@@ -25,21 +25,11 @@ PASSES_NONNEGATIVE = (
 )
 
 
-def _require(ok: bool, sentence: str) -> None:
-    if not ok:
-        raise ValueError(sentence)
-
-
 def _require_number(name: str, value, below: float = math.inf) -> None:
     value = float(value) if isinstance(value, Tensor) else value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     wanted = "a finite number ≥ 0" if below == math.inf else f"in [0, {below:g})"
-    _require(number and 0 <= value < below, f"{name} must be {wanted}, not {value!r}.")
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator/denominator, and 0 where the denominator is 0."""
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
+    require(number and 0 <= value < below, f"{name} must be {wanted}, not {value!r}.")
 
 
 class NDAdam(torch.optim.Optimizer):
@@ -84,7 +74,7 @@ class NDAdam(torch.optim.Optimizer):
         """
         group = {**self.defaults, **param_group}
         betas = group["betas"]
-        _require(isinstance(betas, (tuple, list)) and len(betas) == 2, f"betas must be a pair of numbers, not {betas!r}.")
+        require(isinstance(betas, (tuple, list)) and len(betas) == 2, f"betas must be a pair of numbers, not {betas!r}.")
         for i, beta in enumerate(betas):
             _require_number(f"betas[{i}]", beta, below=1)
         for name in ("lr", "eps", "rest"):
@@ -114,7 +104,7 @@ class NDAdam(torch.optim.Optimizer):
         w = p.flatten(1)
         if not state:
             radius = w.norm(dim=1, keepdim=True)
-            _require(
+            require(
                 bool((radius > 0).all()),
                 f"NDAdam: a row of a {tuple(p.shape)} tensor starts at zero and has no direction; put the tensor in a group "
                 "with rows=False.",
@@ -139,19 +129,19 @@ class NDAdam(torch.optim.Optimizer):
         m = state["exp_avg"].mul_(b1).add_(gradient, alpha=1 - b1)
         v = state["exp_avg_sq"].mul_(b2).add_(square, alpha=1 - b2)
         root = (v / (1 - b2 ** state["step"])).sqrt() + group["eps"]
-        return _over(m / (1 - b1 ** state["step"]), root)
+        return over_scaling(m / (1 - b1 ** state["step"]), root)
 
 
 def _require_feedforward(model: nn.Module) -> None:
     for name, module in model.named_modules():
         container = list(module.children()) and not [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        _require(
+        require(
             container or isinstance(module, LINEAR + PASSES_NONNEGATIVE),
             f"path scales are defined for feedforward ReLU networks; {type(module).__name__} ({name or 'the model'}) is not "
             "one of the layers Linear, Conv, ReLU, LeakyReLU, AvgPool, Flatten: choose another optimizer for this model.",
         )
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    _require(
+    require(
         len(names) == len(list(model.parameters())),
         "path scales need each weight in one place; this model shares a parameter between layers: untie it.",
     )
@@ -165,7 +155,7 @@ def _require_homogeneous(model: nn.Module, input_shape: tuple[int, ...]) -> None
     first = next(iter(params.values()))
     x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(first)
     once, more = functional_call(model, params, (x,)), functional_call(model, scaled, (x * 2.0**10,))
-    _require(
+    require(
         torch.equal(once * 2.0**10, more),
         "path scales are defined for networks that are positively homogeneous (ReLU between linear layers); this model's "
         "output does not scale with its inputs and biases: choose another optimizer for it.",
@@ -228,7 +218,7 @@ class PathSGD(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum))
         self.model, self.input_shape, self.checked = model, None, False
         self.names = {p: name for name, p in model.named_parameters()}
-        _require(
+        require(
             all(p in self.names for group in self.param_groups for p in group["params"]),
             "PathSGD was given a parameter that is not the model's; pass model.named_parameters() of the same model.",
         )
@@ -255,7 +245,7 @@ class PathSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    step = _over(p.grad, kappa[self.names[p]])
+                    step = over_scaling(p.grad, kappa[self.names[p]])
                     if group["momentum"]:
                         ball = self.state[p].setdefault("momentum", torch.zeros_like(step))
                         step = ball.mul_(group["momentum"]).add_(step)
@@ -275,11 +265,11 @@ def weight_normalize(model: nn.Module) -> None:
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LINEAR)]
     for name, module in layers:
-        _require(
+        require(
             not hasattr(module, "parametrizations"),
             f"weight_normalize: the layer {name or 'itself'} has a parametrization already; normalize a model once.",
         )
-        _require(
+        require(
             bool((module.weight.flatten(1).norm(dim=1) > 0).all()),
             f"weight_normalize: a row of {name or 'the layer'}.weight is zero and has no direction; initialise it first.",
         )

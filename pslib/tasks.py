@@ -33,6 +33,7 @@ class Task:
         build: returns a fresh model for the data, initialised from torch's global generator.
         batch_size, steps: of one training run.
         metric: "accuracy" (a fraction, higher is better) or "loss" (nats, lower is better).
+        classes: how many; for the documentation topics those of one Python version, others have a few more or fewer.
         rescaled: the modules whose outputs change their unit in the network's function-equivalent twin (`pslib.twins`).
         evaluations: how often the test set is looked at in a run.
         augment: whether training images are shifted by up to four points and mirrored, at random.
@@ -48,6 +49,7 @@ class Task:
     batch_size: int
     steps: int
     metric: str
+    classes: int = 10
     rescaled: tuple[str, ...] = ()
     evaluations: int = 20
     augment: bool = False
@@ -59,15 +61,15 @@ class Task:
         return F.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
-def _images(name: str, title: str, load: Callable, build: Callable, full_build: Callable, batch_size: int, steps: int, size: int) -> Task:
+def _images(name: str, title: str, classes: int, load: Callable, build: Callable, full_build: Callable, batch_size: int, steps: int, size: int) -> Task:
     """Photographs: 10,000 of them reduced to `size` on a CPU, all of them for 60 epochs on a GPU."""
     full = {
         "load": load, "build": full_build, "batch_size": 256, "steps": 60 * 50_000 // 256, "evaluations": 20, "augment": True, "accelerate": True,
     }
-    return Task(name, title, partial(load, 10_000, 1_000, size), build, batch_size, steps, "accuracy", evaluations=5, full=full)
+    return Task(name, title, partial(load, 10_000, 1_000, size), build, batch_size, steps, "accuracy", classes, evaluations=5, full=full)
 
 
-def _photographs(name: str, title: str, load: Callable) -> list[Task]:
+def _photographs(name: str, title: str, classes: int, load: Callable) -> list[Task]:
     def vit(side: int, width: int, heads: int, depth: int):
         return lambda d: VisionTransformer(d.classes, (3, side), 4, width, heads, depth)
 
@@ -75,13 +77,13 @@ def _photographs(name: str, title: str, load: Callable) -> list[Task]:
     for norm, suffix, words in ((True, "-bn", "with batch norm"), (False, "", "without batch norm")):
         resnet, vgg = (lambda d, w, net=net, norm=norm: net(d.classes, norm, w) for net in (ResNet, VGG19))
         made += [
-            _images(f"{name}-resnet32{suffix}", f"{title}, ResNet-32 {words}", load, partial(resnet, w=8), partial(resnet, w=16), 64, 120, 16),
-            _images(f"{name}-vgg19{suffix}", f"{title}, VGG-19 {words}", load, partial(vgg, w=8), partial(vgg, w=64), 32, 140, 32),
+            _images(f"{name}-resnet32{suffix}", f"{title}, ResNet-32 {words}", classes, load, partial(resnet, w=8), partial(resnet, w=16), 64, 120, 16),
+            _images(f"{name}-vgg19{suffix}", f"{title}, VGG-19 {words}", classes, load, partial(vgg, w=8), partial(vgg, w=64), 32, 140, 32),
         ]
-    return [*made, _images(f"{name}-vit", f"{title}, ViT, patch 4", load, vit(16, 64, 4, 4), vit(32, 192, 3, 9), 64, 150, 16)]
+    return [*made, _images(f"{name}-vit", f"{title}, ViT, patch 4", classes, load, vit(16, 64, 4, 4), vit(32, 192, 3, 9), 64, 150, 16)]
 
 
-def _gpt(unit: str) -> Task:
+def _gpt(unit: str, classes: int) -> Task:
     def build(d: Data, **sizes) -> nn.Module:
         return CharacterTransformer(d.classes, window=d.x_train.shape[-1], **sizes)
 
@@ -90,7 +92,7 @@ def _gpt(unit: str) -> Task:
         "steps": 2000, "evaluations": 20, "accelerate": True,
     }
     return Task(
-        f"shakespeare-{unit}", f"tinyshakespeare, {unit}, GPT", partial(datasets.shakespeare, unit), build, 16, 250, "loss",
+        f"shakespeare-{unit}", f"tinyshakespeare, {unit}, GPT", partial(datasets.shakespeare, unit), build, 16, 250, "loss", classes,
         evaluations=5, full=full,
     )
 
@@ -105,23 +107,23 @@ def _imagenet() -> Task:
     }
     return Task(
         "imagenet-vit", "ImageNet-1K, ViT, patch 16", partial(datasets.imagenet, 32), partial(vit, side=32, patch=8, width=64, heads=4, depth=2),
-        64, 100, "accuracy", evaluations=5, full=full,
+        64, 100, "accuracy", 1000, evaluations=5, full=full,
     )
 
 
 TASKS = {
     t.name: t
     for t in (
-        Task("mnist1d-cnn", "MNIST-1D, convolutional network", datasets.mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy", ("convs.0",)),
-        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", datasets.mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", ("convs.0",)),
-        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", datasets.mnist1d, lambda d: Residual(d.classes), 100, 600, "accuracy", ("blocks.0.1", "blocks.1.1")),
-        Task("digits-mlp", "digits, perceptron", datasets.digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy", ("0",)),
+        Task("mnist1d-cnn", "MNIST-1D, convolutional network", datasets.mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy", rescaled=("convs.0",)),
+        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", datasets.mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", rescaled=("convs.0",)),
+        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", datasets.mnist1d, lambda d: Residual(d.classes), 100, 600, "accuracy", rescaled=("blocks.0.1", "blocks.1.1")),
+        Task("digits-mlp", "digits, perceptron", datasets.digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy", rescaled=("0",)),
         Task("digits-vit", "digits, ViT, patch 2", datasets.digit_images, lambda d: VisionTransformer(d.classes, (1, 8), 2, 32, 4, 2), 50, 250, "accuracy"),
-        Task("chars-transformer", "characters, transformer", datasets.topics, lambda d: CharacterTransformer(d.classes), 16, 300, "loss",
+        Task("chars-transformer", "characters, transformer", datasets.topics, lambda d: CharacterTransformer(d.classes), 16, 300, "loss", 103,
              tuple(f"blocks.{i}.{name}" for i in range(2) for name in ("query", "value", "up"))),
-        *_photographs("cifar10", "CIFAR-10 (JPEG)", datasets.cifar10),
-        *_photographs("cifar100", "CIFAR-100", datasets.cifar100),
-        _imagenet(), _gpt("characters"), _gpt("bytes"),
+        *_photographs("cifar10", "CIFAR-10 (JPEG)", 10, datasets.cifar10),
+        *_photographs("cifar100", "CIFAR-100", 100, datasets.cifar100),
+        _imagenet(), _gpt("characters", 65), _gpt("bytes", 256),
     )
 }
 

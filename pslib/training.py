@@ -94,6 +94,14 @@ def _mode(optimizer, name: str) -> None:
         getattr(optimizer, name)()
 
 
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of any optimizer; those that ask for the loss get it."""
+    if "loss" in inspect.signature(type(optimizer).step).parameters:
+        optimizer.step(loss=loss)
+    else:
+        optimizer.step()
+
+
 def _row(values: Tensor) -> list[float]:
     return values.detach().cpu().tolist()
 
@@ -154,7 +162,7 @@ class _Batches:
         self.left = state[1].to(self.device)
 
 
-class _Step:
+class _Gradients:
     """Forward and backward for one batch; on a GPU, if the task says so, as a CUDA graph that is replayed."""
 
     def __init__(self, task: Task, model: nn.Module, x, y: Tensor):
@@ -312,11 +320,10 @@ def train(
     if prepare is not None:
         prepare(model)
     opt = optimizer(model.named_parameters())
-    takes_loss = "loss" in inspect.signature(opt.step).parameters
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps) if schedule == "cosine" else None
     history = History(task.name, seed, task.metric, block_names=list(getattr(opt, "block_names", [])))
     looks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    batches, step = _Batches(task, len(x_train), seed, device), _Step(task, model, x_train, y_train)
+    batches, gradients = _Batches(task, len(x_train), seed, device), _Gradients(task, model, x_train, y_train)
     losses, done, start = [], 0, time.perf_counter()
     kept = None if checkpoint is None else _Checkpoint(checkpoint, model, opt)
     before = kept.load() if kept else None
@@ -335,8 +342,8 @@ def train(
         _mode(opt, "train")
     tick = saved = time.perf_counter()
     for k in range(done + 1, steps + 1):
-        loss = step(batches.next(), opt)
-        opt.step(loss=loss) if takes_loss else opt.step()
+        loss = gradients(batches.next(), opt)
+        step(opt, loss)
         if scheduler is not None:
             scheduler.step()
         losses.append(loss.reshape(1))

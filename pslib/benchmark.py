@@ -1,0 +1,160 @@
+"""Who wins: every contender against tuned AdamW over many tasks, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import contenders, tasks
+from .experiments import Record, by_setting
+from .training import step
+
+__all__ = ["MEASURES", "REFERENCE", "Row", "best", "failures", "log_regret", "state_bytes", "step_seconds", "summary", "value"]
+
+REFERENCE = ("adamw", "adamw-0.98")
+MEASURES = ("train", "test")
+LEAST_ERROR = 0.005
+
+
+def value(record: Record, measure: str) -> float:
+    """What a run ends with; lower is better.
+
+    Args:
+        record: the run.
+        measure: "train": the training loss, nats.  "test": the test error (a fraction, at least half a percent, because the
+            smallest test set has 297 examples) or, where the task's metric is the loss, the test loss, nats.
+
+    A loss is at most that of guessing, ln(classes), and a run that diverged counts as guessing.
+    """
+    task = tasks.get(record.spec.task)
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))}, not {measure!r}.")
+    if measure == "test" and task.metric == "accuracy":
+        return max(LEAST_ERROR, 1 - (1 / task.classes if record.diverged else record.final_metric))
+    ended = record.final_loss if measure == "train" else record.final_metric
+    return min(math.log(task.classes), math.inf if ended is None else ended)
+
+
+def best(records: Iterable[Record], measure: str) -> dict[str, list[Record]]:
+    """For each contender its records, one a seed, at the learning rate with the lowest mean of `value`; without one, all it has."""
+    chosen: dict[str, list[Record]] = {}
+    ranked = sorted(by_setting(records).values(), key=lambda group: np.mean([value(r, measure) for r in group]))
+    for group in ranked:
+        chosen.setdefault(group[0].spec.contender, group)
+    return chosen
+
+
+def log_regret(records: Iterable[Record], measure: str) -> dict[str, float]:
+    """For each contender on one task: ln(its mean over seeds of `value` / that of the best AdamW of both grids).
+
+    0 is as good as AdamW tuned for this very measure on this task, 0.1 about ten percent worse.  The tuned methods have the
+    advantage that their rate is chosen after the fact.
+    """
+    ends = {name: np.mean([value(r, measure) for r in group]) for name, group in best(records, measure).items()}
+    reference = min(ends[name] for name in REFERENCE)
+    return {name: float(np.log(end / reference)) for name, end in ends.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender over all tasks.
+
+    Attributes:
+        contender: its name.
+        mean, worst: of its log-regrets.
+        worst_task: where it is worst.
+        within: the share of tasks where it is at most 5 % worse than the best tuned AdamW.
+    """
+
+    contender: str
+    mean: float
+    worst: float
+    worst_task: str
+    within: float
+
+
+def summary(regrets: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """Rows over all tasks, best mean first, from the task's name → its `log_regret`."""
+    rows = []
+    for name in next(iter(regrets.values())):
+        of = {task: regret[name] for task, regret in regrets.items()}
+        worst = max(of, key=of.get)
+        rows.append(Row(name, float(np.mean(list(of.values()))), of[worst], worst, float(np.mean([r <= math.log(1.05) for r in of.values()]))))
+    return sorted(rows, key=lambda row: row.mean)
+
+
+def failures(records: Iterable[Record]) -> dict[str, int]:
+    """For each contender on one task, at its best rate: how many seeds got less than half as far below guessing as the best contender."""
+    records = list(records)
+    chosen, guess = best(records, "train"), math.log(tasks.get(records[0].spec.task).classes)
+    furthest = max(np.mean([guess - value(r, "train") for r in group]) for group in chosen.values())
+    return {name: sum(guess - value(r, "train") < furthest / 2 for r in group) for name, group in chosen.items()}
+
+
+def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in made:
+        p.grad = torch.randn(p.shape, generator=generator)
+    return made
+
+
+_LOSS = torch.ones(())
+
+
+def _made(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.optim.Optimizer:
+    optimizer = contenders.make(name, _parameters(shapes))
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    return optimizer
+
+
+def _collect(thing, held: dict[int, int], seen: set[int]) -> None:
+    """Storages of all tensors in it, address → bytes: packages keep state in groups and attributes too."""
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if torch.is_tensor(thing):
+        held[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, Mapping):
+        for part in thing.values():
+            _collect(part, held, seen)
+    elif isinstance(thing, (list, tuple)):
+        for item in thing:
+            _collect(item, held, seen)
+    elif hasattr(thing, "__dict__") and not callable(thing):
+        _collect(vars(thing), held, seen)
+
+
+def state_bytes(name: str) -> float:
+    """Bytes of optimizer state per float32 parameter, after a few steps; measured on one tensor, so single numbers hardly count."""
+    shapes = [(1000, 1000)]
+    optimizer = _made(name, shapes)
+    for _ in range(3):
+        step(optimizer, _LOSS)
+    held: dict[int, int] = {}
+    _collect(vars(optimizer), held, set())
+    for p in optimizer.param_groups[0]["params"]:
+        for t in (p, p.grad):
+            held.pop(t.untyped_storage().data_ptr(), None)
+    return sum(held.values()) / math.prod(shapes[0])
+
+
+def step_seconds(names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int = 20) -> dict[str, np.ndarray]:
+    """Wall time of single steps of each optimizer on parameters of these shapes: [rounds], in seconds.
+
+    The optimizers take turns, so that whatever else the machine does hits all of them.
+    """
+    made = {name: _made(name, shapes) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds + 2):
+        for name, optimizer in made.items():
+            start = time.perf_counter()
+            step(optimizer, _LOSS)
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(t[2:]) for name, t in times.items()}
