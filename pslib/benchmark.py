@@ -93,7 +93,7 @@ def failures(records: Iterable[Record]) -> dict[str, int]:
     records = list(records)
     chosen, guess = best(records, "train"), math.log(tasks.get(records[0].spec.task).classes)
     furthest = max(np.mean([guess - value(r, "train") for r in group]) for group in chosen.values())
-    return {name: sum(guess - value(r, "train") < furthest / 2 for r in group) for name, group in chosen.items()}
+    return {name: sum(bool(guess - value(r, "train") < furthest / 2) for r in group) for name, group in chosen.items()}
 
 
 def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:

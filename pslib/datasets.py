@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
 import pickle
 import tarfile
@@ -170,7 +171,7 @@ def _class_folders(members: Iterable[tuple[str, Callable]], what: Path) -> dict[
     """Arrays of the images (path, opener) whose paths end in train|test/<class>/<file>, classes in alphabetical order."""
     found: dict[str, list] = {"train": [], "test": []}
     for path, opener in sorted(members, key=lambda member: member[0]):
-        *_, split, label, name = path.split("/")
+        split, label, name = ["", "", *path.split("/")][-3:]
         if split in found and name.lower().endswith((".jpg", ".jpeg", ".png")):
             found[split].append((label, _pixels(Image.open(opener()))))
     if not all(found.values()):
@@ -185,8 +186,11 @@ def _class_folders(members: Iterable[tuple[str, Callable]], what: Path) -> dict[
 
 def _read_tar(path: Path) -> dict[str, np.ndarray]:
     # One pass from front to back: a compressed archive cannot be searched.
-    with tarfile.open(path) as archive:
-        members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
+    try:
+        with tarfile.open(path) as archive:
+            members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
+    except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
+        raise MissingData(f"{path} is damaged ({error}); get it again.") from None
     return _class_folders([(name, lambda raw=raw: io.BytesIO(raw)) for name, raw in members], path)
 
 

@@ -356,7 +356,8 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    history = _run(spec, preset, keep_outputs=spec.rescale != 1, checkpoint=path.with_suffix(".checkpoint"), deadline=deadline)
+    checkpoint = path.with_suffix(".checkpoint")
+    history = _run(spec, preset, keep_outputs=spec.rescale != 1, checkpoint=checkpoint, deadline=deadline)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     edges = [0, *history.steps]
     curve = {
@@ -380,6 +381,7 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
         json.dump(asdict(made), f, separators=(",", ":"))
         f.write("\n")
     os.replace(f.name, path)
+    checkpoint.unlink(missing_ok=True)
     return path
 
 

@@ -160,7 +160,7 @@ _TOGGLE = """
     input.addEventListener("blur", function () { point(null); });
   });
   lines.forEach(function (line) {
-    line.querySelectorAll("path").forEach(function (path) {
+    Array.from(line.children).filter(function (part) { return part.tagName === "path"; }).forEach(function (path) {
       var wide = path.cloneNode(false);
       wide.setAttribute("style", "fill: none; stroke: transparent; stroke-width: 12; pointer-events: stroke");
       line.appendChild(wide);
@@ -189,7 +189,9 @@ def toggles(figure: plt.Figure, series: Mapping[str, str], alt: str, *, hidden: 
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = drawn.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.S)
+    # A style element would reach the whole page.
+    svg = svg.replace('<style type="text/css">*{', f'<style type="text/css">#toggles-{digest} svg *{{')
     off = set(hidden)
 
     def group(match: re.Match) -> str:

@@ -77,7 +77,8 @@ def evaluate(task: Task, model: nn.Module, x: Tensor, y: Tensor, autocast: bool 
     """Loss and metric of the model on (x, y), and its outputs, in evaluation mode."""
     model.eval()
     with torch.no_grad(), _autocast(autocast):
-        logits = torch.cat([model(x[i : i + 1024]) for i in range(0, len(x), 1024)]).float() if autocast or len(x) > 1024 else model(x)
+        logits = torch.cat([model(x[i : i + 1024]) for i in range(0, len(x), 1024)])
+    logits = logits.float() if autocast else logits
     model.train()
     loss = task.loss(logits, y).item()
     return loss, (logits.argmax(-1) == y).double().mean().item() if task.metric == "accuracy" else loss, logits
@@ -290,6 +291,7 @@ def train(
         keep_outputs: keep the model's outputs on the test set.
         progress: show a progress bar on standard error.
         checkpoint: a file that the run is kept in, every half minute and at the deadline; if it is there, the run goes on from it.
+            The caller deletes it, once what came of the run is safe.
         deadline: a time (`time.time()`) after which no further step is made.
 
     Raises:
@@ -387,8 +389,6 @@ def train(
     history.losses = torch.cat(losses).cpu()
     history.diverged |= not bool(torch.isfinite(history.losses).all())
     history.seconds, history.step_seconds = time.perf_counter() - start, history.step_seconds / len(history.losses)
-    if kept:
-        kept.path.unlink(missing_ok=True)
     return history
 
 

@@ -1,0 +1,264 @@
+"""The benchmark: its measure and its counts by hand, what a step costs, the figure with check boxes, and what the records say."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from functools import cache
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from pslib import benchmark, experiments, plotting, tasks
+from pslib.experiments import Record, RunSpec
+
+close = pytest.approx
+
+
+def run(contender, seed=0, *, loss=1.0, metric=0.5, lr=None, task="digits-mlp", diverged=False, init_scale=1.0):
+    """A record with the given end and nothing else of interest."""
+    spec = RunSpec(task, contender, contender, {} if lr is None else {"lr": lr}, init_scale, seed)
+    curve = {"step": [1], "train_loss": [loss], "test_loss": [loss], "test_metric": [metric]}
+    return Record(spec, "cpu", curve, loss, metric, diverged, 1.0, 0.1, [], [], [], {"torch": "2", "device": "cpu", "data_sha256": ""})
+
+
+def seeds(contender, losses, **how):
+    return [run(contender, seed, loss=loss, **how) for seed, loss in enumerate(losses)]
+
+
+# --- value ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("record, measure, expected", [
+    (run("x", loss=0.25, metric=0.75), "train", 0.25),
+    (run("x", loss=0.25, metric=0.75), "test", 0.25),
+    (run("x", loss=9.0), "train", math.log(10)),
+    (run("x", metric=0.999), "test", 0.005),
+    (run("x", metric=0.05), "test", 0.95),
+    (run("x", loss=None, metric=0.0, diverged=True), "train", math.log(10)),
+    (run("x", loss=None, metric=0.0, diverged=True), "test", 0.9),
+    (run("x", metric=3.0, task="shakespeare-characters"), "test", 3.0),
+    (run("x", metric=5.0, task="shakespeare-characters"), "test", math.log(65)),
+    (run("x", metric=5.0, task="shakespeare-bytes"), "test", 5.0),
+    (run("x", loss=None, metric=None, task="shakespeare-bytes", diverged=True), "test", math.log(256)),
+])
+def test_value_by_hand(record, measure, expected):
+    assert benchmark.value(record, measure) == close(expected)
+
+
+def test_an_unknown_measure_is_one_sentence():
+    with pytest.raises(ValueError, match=r"measure must be one of 'train', 'test', not 'accuracy'\."):
+        benchmark.value(run("x"), "accuracy")
+
+
+# --- best and log_regret ----------------------------------------------------------------------------
+
+# Over two seeds: AdamW ends at 0.4 and 0.3, with β₂ = 0.98 at 0.2 and diverged; the test set prefers the other rates.
+SMALL = [
+    *seeds("adamw", [0.4, 0.4], lr=0.1, metric=0.9), *seeds("adamw", [0.1, 0.5], lr=0.01, metric=0.8),
+    *seeds("adamw-0.98", [0.2, 0.2], lr=0.1, metric=0.6), *seeds("adamw-0.98", [None, 0.01], lr=1.0, metric=0.95, diverged=True),
+    *seeds("ours", [0.3, 0.1], metric=0.8), *seeds("guess", [5.0, None], metric=0.1),
+]
+
+
+def test_the_best_rate_has_the_lowest_mean_over_seeds_of_the_measure():
+    by_train, by_test = benchmark.best(SMALL, "train"), benchmark.best(SMALL, "test")
+    assert {name: group[0].spec.settings.get("lr") for name, group in by_train.items()} == {"adamw": 0.01, "adamw-0.98": 0.1, "ours": None, "guess": None}
+    assert {name: group[0].spec.settings.get("lr") for name, group in by_test.items()} == {"adamw": 0.1, "adamw-0.98": 0.1, "ours": None, "guess": None}
+    assert all([r.spec.seed for r in group] == [0, 1] for found in (by_train, by_test) for group in found.values())
+
+
+def test_the_best_takes_no_other_initial_scale_into_the_mean():
+    records = [*seeds("x", [0.2, 0.2]), *seeds("x", [0.1, 0.5], init_scale=8.0)]
+    assert [r.spec.init_scale for r in benchmark.best(records, "train")["x"]] == [1.0, 1.0]
+
+
+def test_log_regret_by_hand():
+    assert benchmark.log_regret(SMALL, "train") == close({
+        "adamw": math.log(0.3 / 0.2), "adamw-0.98": 0.0, "ours": 0.0, "guess": math.log(math.log(10) / 0.2),
+    })
+    assert benchmark.log_regret(SMALL, "test") == close({
+        "adamw": 0.0, "adamw-0.98": math.log(0.4 / 0.1), "ours": math.log(2), "guess": math.log(9),
+    })
+
+
+def test_log_regret_has_no_unit():
+    def regrets(unit):
+        return benchmark.log_regret([run(n, loss=unit * loss) for n, loss in (("adamw", 1), ("adamw-0.98", 2), ("x", 0.5))], "train")
+
+    assert regrets(1e-3) == close(regrets(1.0)) and regrets(1.0)["x"] == close(-math.log(2))
+
+
+def test_log_regret_needs_both_grids_of_adamw():
+    with pytest.raises(KeyError):
+        benchmark.log_regret(seeds("adamw", [1.0], lr=0.1), "train")
+
+
+# --- summary ----------------------------------------------------------------------------------------
+
+def test_summary_by_hand():
+    a_twentieth = math.log(1.05)
+    rows = benchmark.summary({
+        "one": {"even": 0.0, "mixed": -0.5, "late": a_twentieth}, "two": {"even": 0.0, "mixed": 0.3, "late": a_twentieth + 1e-9},
+    })
+    assert [(r.contender, r.worst_task, r.within) for r in rows] == [("mixed", "two", 0.5), ("even", "one", 1.0), ("late", "two", 0.5)]
+    assert [(r.mean, r.worst) for r in rows] == [close((-0.1, 0.3)), (0.0, 0.0), close((a_twentieth, a_twentieth))]
+
+
+def test_the_order_of_the_means_does_not_depend_on_the_reference():
+    """Another reference adds one number to everyone's regret on a task."""
+    rng = np.random.default_rng(0)
+    regrets = {task: dict(zip("abcd", rng.normal(size=4), strict=True)) for task in ("one", "two", "three")}
+    moved = {task: {name: r + shift for name, r in of.items()} for (task, of), shift in zip(regrets.items(), (-1.0, 0.2, 5.0), strict=True)}
+    before, after = benchmark.summary(regrets), benchmark.summary(moved)
+    assert [r.contender for r in before] == [r.contender for r in after]
+    assert [b.mean - a.mean for a, b in zip(before, after, strict=True)] == close([4.2 / 3] * 4)
+
+
+# --- failures ---------------------------------------------------------------------------------------
+
+def test_failures_by_hand():
+    guess = math.log(10)
+    half = guess / 2                                                  # the best contender gets all the way to 0
+    records = [
+        *seeds("best", [0.0, 0.0]), *seeds("just", [half - 1e-9, half + 1e-9]), *seeds("none", [guess, None]),
+        *seeds("tuned", [9.0, 9.0], lr=1.0), *seeds("tuned", [0.0, half + 0.1], lr=0.1),
+    ]
+    found = benchmark.failures(records)
+    assert found == {"best": 0, "just": 1, "none": 2, "tuned": 1}
+    assert all(type(n) is int for n in found.values())
+
+
+def test_failures_are_counted_against_the_mean_of_the_best_contender():
+    """Half-way to its mean (ln 10 − 1), not to its luckiest seed (ln 10)."""
+    records = [*seeds("best", [0.0, 2.0]), *seeds("between", [math.log(10) - (math.log(10) - 1) / 2 - 0.01] * 2)]
+    assert benchmark.failures(records) == {"best": 1, "between": 0}
+
+
+# --- cost -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, tensors", [
+    ("sgd", 0), ("momentum", 1), ("dog", 1), ("adamw", 2), ("schedule-free", 2), ("momo-adam", 2), ("ps-sps", 3), ("prodigy", 4), ("psdasgd-tensor", 5),
+    ("psdasgd-model-units", 5),
+])
+def test_state_bytes_are_four_for_each_tensor_kept(name, tensors):
+    assert benchmark.state_bytes(name) == close(4 * tensors, abs=0.01)
+
+
+def test_state_is_found_wherever_it_is_kept_and_counted_once(monkeypatch):
+    """In state, groups, attributes, lists and objects; views share their storage; parameters and gradients are not state."""
+    import torch
+
+    class Keeper(torch.optim.SGD):
+        def __init__(self, params):
+            super().__init__(params, lr=0.1)
+            p = self.param_groups[0]["params"][0]
+            row = torch.zeros(1000, 1000)
+            self.state[p]["a"] = [row, row.view(-1), p]
+            self.param_groups[0]["b"] = (torch.zeros(500, 1000),)
+            self.c = type("Holder", (), {})()
+            self.c.inside = {"d": torch.zeros(250, 1000), "self": self.c, "gradient": p.grad}
+
+    monkeypatch.setattr(benchmark.contenders, "make", lambda name, params: Keeper(params))
+    assert benchmark.state_bytes("keeper") == close(4 * 1.75)
+
+
+def test_the_optimizers_take_turns_and_warm_up(monkeypatch):
+    """On a clock that each step moves on: by the optimizer's own time, ten times that in the first two rounds."""
+    clock, turns, costs = [0.0], [], {"SGD": 1.0, "AdamW": 2.0}
+
+    def step(optimizer, loss):
+        name = type(optimizer).__name__
+        turns.append(name)
+        clock[0] += costs[name] * (10 if turns.count(name) <= 2 else 1)
+
+    monkeypatch.setattr(benchmark, "step", step)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    found = benchmark.step_seconds(["momentum", "adamw"], [(3, 2), (2,)], rounds=4)
+    assert {name: list(t) for name, t in found.items()} == {"momentum": [1.0] * 4, "adamw": [2.0] * 4}
+    assert turns == ["SGD", "AdamW"] * 6
+
+
+@pytest.mark.parametrize("name", ["psdasgd-tensor", "ps-sps", "schedule-free", "momo-adam", "prodigy", "ldog"])
+def test_every_kind_of_step_can_be_timed(name):
+    (times,) = benchmark.step_seconds([name], [(4, 3), (3,)], rounds=2).values()
+    assert times.shape == (2,) and (times > 0).all()
+
+
+# --- the figure with check boxes --------------------------------------------------------------------
+
+class Page(HTMLParser):
+    """Elements with their attributes, and which elements have children of their own kind."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = defaultdict(list)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found[tag].append(dict(attrs))
+
+    def values(self, tag, key):
+        return [element[key] for element in self.found[tag] if key in element]
+
+
+NAMES = ("adamw", "prodigy-0.98", "psdasgd-tensor")
+
+
+def picture(alt="three <curves>", hidden=(), names=NAMES):
+    figure, ax = plt.subplots(figsize=(3, 2))
+    for i, name in enumerate(names):
+        plotting.band(ax, [1, 2, 3], [[i, 1, 2], [i, 2, 3]], gid=name, marker="o", **plotting.style_of(name))
+    return plotting.toggles(figure, {name: f"{name}: <2.5> at the end" for name in names}, alt, hidden=hidden)
+
+
+def test_every_series_has_a_check_box_a_name_and_its_line():
+    page, text = Page(picture()), picture()
+    assert [box["value"] for box in page.found["input"]] == list(NAMES)
+    assert all(box["type"] == "checkbox" and "checked" in box for box in page.found["input"])
+    assert page.values("label", "title") == [f"{name}: <2.5> at the end" for name in NAMES]
+    assert Counter(page.values("g", "data-series")) == {name: 2 for name in NAMES}     # the line and its band
+    for name in NAMES:
+        assert plotting.style_of(name)["label"] in text and plotting.style_of(name)["color"] in text
+
+
+def test_only_the_hidden_series_are_hidden():
+    page = Page(picture(hidden=["adamw"]))
+    assert ["checked" in box for box in page.found["input"]] == [False, True, True]
+    shown = {(g["data-series"], g.get("style")) for g in page.found["g"] if "data-series" in g}
+    assert shown == {("adamw", "display: none"), ("prodigy-0.98", None), ("psdasgd-tensor", None)}
+
+
+def test_the_picture_says_what_is_seen_and_is_closed():
+    page = Page(picture())
+    (svg,) = page.found["svg"]
+    assert svg["role"] == "img" and svg["aria-label"] == "three <curves>"
+    assert page.found["output"] and [d.get("aria-label") for d in page.found["div"]] == [None, "Which lines to show"]
+    assert not plt.get_fignums()
+
+
+def test_two_pictures_on_a_page_share_no_identifier_and_refer_to_their_own():
+    """The same lines drawn twice, as two tasks with the same curves would be."""
+    one, two = picture("the first"), picture("the second")
+    identifiers = [re.findall(r'\bid="([^"]+)"', text) for text in (one, two)]
+    assert all(len(ids) == len(set(ids)) > 10 for ids in identifiers) and not set(identifiers[0]) & set(identifiers[1])
+    for text, own in zip((one, two), identifiers, strict=True):
+        referred = re.findall(r'(?:href="|url\()#([^")]+)', text) + re.findall(r'getElementById\("([^"]+)"\)', text)
+        assert referred and set(referred) <= set(own)
+
+
+def test_the_picture_is_the_same_every_time():
+    assert picture() == picture()
+
+
+def test_nothing_comes_from_outside_and_no_style_leaves_the_picture():
+    text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", picture())
+    assert not re.search(r"https?:|\bsrc=|@import|<link|<image|//\w", text)
+    for style in re.findall(r"<style[^>]*>(.*?)</style>", text, re.S):
+        assert re.fullmatch(r"#toggles-\w+ svg \*\{[^{}]*\}", style)
+
+
+def test_the_script_widens_the_lines_and_not_the_shapes_that_others_use():
+    """A path inside <defs> has an identifier: copied, there would be two."""
+    script = picture()[picture().index("<script>") :]
+    assert "line.children" in script and 'querySelectorAll("path")' not in script

@@ -1,0 +1,119 @@
+"""The chapter on supervised learning: the networks are the ones it names, and the recorded runs say what it says."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pslib import experiments, tasks
+
+TEN = SimpleNamespace(classes=10)
+
+
+def built(name, preset="cpu", seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return tasks.get(name, preset).build(TEN)
+
+
+def counted(name, preset):
+    with torch.device("meta"):
+        return sum(p.numel() for p in tasks.get(name, preset).build(TEN).parameters())
+
+
+def modules(model, kind):
+    return [m for m in model.modules() if isinstance(m, kind)]
+
+
+# --- the networks -----------------------------------------------------------------------------------
+
+def resnet_numbers(width, norm):
+    """Counted by hand: a first convolution, three stages of ten, a linear layer; a norm has two numbers a channel, a bias one."""
+    widths = [width] * 11 + [2 * width] * 10 + [4 * width] * 10
+    convolutions = sum(9 * i * o for i, o in zip([3, *widths], widths, strict=False))
+    return convolutions + (1 + norm) * sum(widths) + 10 * (4 * width + 1)
+
+
+def vgg_numbers(width, norm):
+    widths = [width * f for f in (1, 1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8)]
+    convolutions = sum(9 * i * o for i, o in zip([3, *widths], widths, strict=False))
+    return convolutions + (2 if norm else 1) * sum(widths) + 10 * (8 * width + 1)
+
+
+@pytest.mark.parametrize(("preset", "resnet", "vgg"), [("cpu", 8, 8), ("full", 16, 64)])
+@pytest.mark.parametrize(("suffix", "norm"), [("-bn", True), ("", False)])
+def test_the_networks_have_as_many_numbers_as_their_papers_say(preset, resnet, vgg, suffix, norm):
+    assert counted(f"cifar10-resnet32{suffix}", preset) == resnet_numbers(resnet, norm)
+    assert counted(f"cifar10-vgg19{suffix}", preset) == vgg_numbers(vgg, norm)
+    # He et al. (2016), table 6: 0.46 million for ResNet-32; VGG-19 without its two hidden linear layers has 20 million.
+    if preset == "full":
+        assert round(resnet_numbers(resnet, norm) / 1e6, 2) == 0.46 and round(vgg_numbers(vgg, norm) / 1e6, 2) in (20.03, 20.04)
+
+
+@pytest.mark.parametrize("network", ["resnet32", "vgg19"])
+def test_without_batch_norm_there_is_none_and_the_depth_is_the_same(network):
+    with_norm, without = built(f"cifar10-{network}-bn"), built(f"cifar10-{network}")
+    convolutions = {"resnet32": 31, "vgg19": 16}[network]
+    assert len(modules(with_norm, nn.BatchNorm2d)) == len(modules(with_norm, nn.Conv2d)) == len(modules(without, nn.Conv2d)) == convolutions
+    assert not modules(without, nn.BatchNorm2d)
+    assert all(c.bias is None for c in modules(with_norm, nn.Conv2d)) and all(c.bias is not None for c in modules(without, nn.Conv2d))
+    assert [c.weight.shape for c in modules(with_norm, nn.Conv2d)] == [c.weight.shape for c in modules(without, nn.Conv2d)]
+
+
+def test_a_residual_block_that_adds_nothing_is_its_shortcut():
+    model = built("cifar10-resnet32")
+    shapes = []
+    for block in model.blocks:
+        nn.init.zeros_(block.conv2.weight)
+        nn.init.zeros_(block.conv2.bias)
+        x = torch.rand(2, block.conv1.in_channels, 8, 8)
+        y = block(x)
+        shapes.append(tuple(y.shape[1:]))
+        if block.stride == 1:
+            assert torch.equal(y, x)
+        else:
+            assert torch.equal(y[:, : x.shape[1]], x[:, :, ::2, ::2]) and not y[:, x.shape[1] :].any()
+    assert shapes == [(8, 8, 8)] * 5 + [(16, 4, 4)] + [(16, 8, 8)] * 4 + [(32, 4, 4)] + [(32, 8, 8)] * 4
+
+
+@pytest.mark.parametrize(("name", "side", "channels"), [("cifar10-vit", 16, 3), ("digits-vit", 8, 1)])
+def test_the_vision_transformer_sees_patches_and_their_places(name, side, channels):
+    model = built(name).double()
+    patch = model.patches.kernel_size[0]
+    x = torch.randn(2, channels, side, side, dtype=torch.float64)
+    # The embedding is one linear map of every patch.
+    rows = F.unfold(x, patch, stride=patch).mT
+    by_hand = rows @ model.patches.weight.flatten(1).T + model.patches.bias
+    assert torch.allclose(model.patches(x).flatten(2).mT, by_hand)
+    order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(1))
+    shuffled = F.fold(rows[:, order].mT, side, patch, stride=patch)
+    assert not torch.allclose(model(shuffled), model(x), atol=1e-6)
+    nn.init.zeros_(model.position)
+    # Without places, the mean over patches does not see their order: attention is over all of them, in both directions.
+    assert torch.allclose(model(shuffled), model(x), atol=1e-10)
+
+
+@pytest.mark.parametrize("network", ["resnet32", "vgg19"])
+def test_batch_norm_makes_the_gradient_orthogonal_to_the_weights_in_front_of_it(network):
+    """And the function does not change when they are stretched; without batch norm neither holds."""
+    found = {}
+    for suffix in ("-bn", ""):
+        model = built(f"cifar10-{network}{suffix}").double()
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(16, 3, 32, 32, generator=generator, dtype=torch.float64), torch.arange(16) % 10
+        convolutions = modules(model, nn.Conv2d)
+        for norm in modules(model, nn.BatchNorm2d):
+            norm.eps = 1e-30
+        F.cross_entropy(model(x), y).backward()
+        found[suffix] = [
+            ((c.weight * c.weight.grad).sum() / (c.weight.norm() * c.weight.grad.norm())).abs().item() for c in convolutions
+        ]
+        before = model(x)
+        with torch.no_grad():
+            convolutions[3].weight.mul_(3)
+        assert torch.allclose(model(x), before, rtol=1e-6, atol=1e-9) == (suffix == "-bn")
+    assert max(found["-bn"]) < 1e-8 < 1e-3 < max(found[""])
