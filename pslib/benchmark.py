@@ -18,7 +18,7 @@ __all__ = ["MEASURES", "REFERENCE", "Row", "best", "failures", "log_regret", "st
 
 REFERENCE = ("adamw", "adamw-0.98")
 MEASURES = ("train", "test")
-LEAST_ERROR = 0.005
+LEAST_ERROR, LEAST_LOSS = 0.005, 0.005
 
 
 def value(record: Record, measure: str) -> float:
@@ -26,18 +26,21 @@ def value(record: Record, measure: str) -> float:
 
     Args:
         record: the run.
-        measure: "train": the training loss, nats.  "test": the test error (a fraction, at least half a percent, because the
-            smallest test set has 297 examples) or, where the task's metric is the loss, the test loss, nats.
+        measure: "train": the training loss, nats.  "test": the test error (a fraction) or, where the task's metric is the loss,
+            the test loss, nats.
 
-    A loss is at most that of guessing, ln(classes), and a run that diverged counts as guessing.
+    Nothing is worse than guessing (a loss of ln(classes), an error of 1 − 1/classes), and a run that diverged counts as that.
+    A loss below 0.005 nats counts as 0.005, the problem is solved: else the ratios of very small numbers on one solved task
+    would decide a mean over tasks.  An error below half a percent counts as half a percent, because the smallest test set has
+    297 examples.
     """
     task = tasks.get(record.spec.task)
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))}, not {measure!r}.")
     if measure == "test" and task.metric == "accuracy":
-        return max(LEAST_ERROR, 1 - (1 / task.classes if record.diverged else record.final_metric))
+        return min(1 - 1 / task.classes, max(LEAST_ERROR, 1 - (0 if record.diverged else record.final_metric)))
     ended = record.final_loss if measure == "train" else record.final_metric
-    return min(math.log(task.classes), math.inf if ended is None else ended)
+    return max(LEAST_LOSS, min(math.log(task.classes), math.inf if ended is None else ended))
 
 
 def best(records: Iterable[Record], measure: str) -> dict[str, list[Record]]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import lzma
 import os
 import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,6 +63,17 @@ def data_folder() -> Path:
     return Path(os.environ.get("PSLIB_DATA") or cache_folder() / "data")
 
 
+@contextmanager
+def _reading(path: Path):
+    """Whatever is wrong with a file of data becomes one sentence that names it."""
+    try:
+        yield
+    except MissingData:
+        raise
+    except Exception as error:
+        raise MissingData(f"{path} is damaged or something else ({type(error).__name__}: {error}); get it again.") from None
+
+
 def _look(name: str, *places: str, how: str) -> Path:
     for place in places:
         if (data_folder() / place).exists():
@@ -78,7 +89,7 @@ def _cached(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as f:
             np.savez(f, **made)
         os.replace(f.name, path)
-    with np.load(path) as arrays:
+    with _reading(path), np.load(path) as arrays:
         return dict(arrays)
 
 
@@ -156,11 +167,12 @@ def shakespeare(unit: str = "characters", window: int = 64, most: int = 128) -> 
         "tinyshakespeare", "tinyshakespeare.txt",
         how="save https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt there as tinyshakespeare.txt.",
     )
-    if unit == "bytes":
-        raw = path.read_bytes()
-        tokens = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
-        return _windows(tokens, 0.9, window, most, 256, hashlib.sha256(raw).hexdigest())
-    return _windows(*_one_text(path.read_text(encoding="utf-8"), 0.9, window, most))
+    with _reading(path):
+        if unit == "bytes":
+            raw = path.read_bytes()
+            tokens = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
+            return _windows(tokens, 0.9, window, most, 256, hashlib.sha256(raw).hexdigest())
+        return _windows(*_one_text(path.read_text(encoding="utf-8"), 0.9, window, most))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -173,7 +185,8 @@ def _class_folders(members: Iterable[tuple[str, Callable]], what: Path) -> dict[
     for path, opener in sorted(members, key=lambda member: member[0]):
         split, label, name = ["", "", *path.split("/")][-3:]
         if split in found and name.lower().endswith((".jpg", ".jpeg", ".png")):
-            found[split].append((label, _pixels(Image.open(opener()))))
+            with _reading(what / path):
+                found[split].append((label, _pixels(Image.open(opener()))))
     if not all(found.values()):
         raise MissingData(f"{what} has no images under train/<class>/ and test/<class>/; unpack the set again.")
     labels = sorted({label for images in found.values() for label, _ in images})
@@ -186,11 +199,8 @@ def _class_folders(members: Iterable[tuple[str, Callable]], what: Path) -> dict[
 
 def _read_tar(path: Path) -> dict[str, np.ndarray]:
     # One pass from front to back: a compressed archive cannot be searched.
-    try:
-        with tarfile.open(path) as archive:
-            members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
-    except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
-        raise MissingData(f"{path} is damaged ({error}); get it again.") from None
+    with _reading(path), tarfile.open(path) as archive:
+        members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
     return _class_folders([(name, lambda raw=raw: io.BytesIO(raw)) for name, raw in members], path)
 
 
@@ -240,10 +250,10 @@ def cifar100(train: int | None = None, test: int | None = None, size: int = 32) 
     )
     arrays = {}
     for split in ("train", "test"):
-        with open(folder / split, "rb") as f:
+        with _reading(folder / split), open(folder / split, "rb") as f:
             batch = pickle.load(f, encoding="bytes")
-        arrays[f"x_{split}"] = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-        arrays[f"y_{split}"] = np.asarray(batch[b"fine_labels"])
+            arrays[f"x_{split}"] = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+            arrays[f"y_{split}"] = np.asarray(batch[b"fine_labels"])
     return _subset(arrays, 100, train, test, size)
 
 
@@ -274,7 +284,8 @@ class ImageFiles:
         return self
 
     def _decode(self, path: Path) -> Tensor:
-        image = Image.open(path)
+        with _reading(path):
+            image = Image.open(path).convert("RGB")
         ratio = self.size * 8 / 7 / min(image.size)
         image = image.resize([max(self.size, round(side * ratio)) for side in image.size], Image.Resampling.BILINEAR)
         left, top = ((side - self.size) // 2 for side in image.size)
@@ -292,7 +303,8 @@ def imagenet(size: int = 224) -> Data:
     folder = _look(
         "ImageNet-1K", "imagenet", how="unpack it there as imagenet/train/<class>/ and imagenet/val/<class>/ (see torchvision.datasets.ImageNet)."
     )
-    labels = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    with _reading(folder):
+        labels = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
     parts, digest = [], hashlib.sha256()
     for split in ("train", "val"):
         files = sorted(p for p in (folder / split).glob("*/*") if p.suffix.lower() in (".jpeg", ".jpg", ".png"))

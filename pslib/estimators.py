@@ -122,11 +122,14 @@ class Blocks:
             values = [v for e, v in zip(self.entries, values, strict=True) for _ in range(math.prod(self._shape(e)))]
         else:
             values = [max(vs) for vs in self._of_blocks(values)]
+        if len(set(values)) == 1:
+            # Filled there, not copied from here: a copy would make a GPU's step wait.
+            return torch.full((len(values),), values[0], dtype=torch.float64, device=self.device)
         return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     def read(self, name: str, start: float) -> Tensor:
         """The block numbers `name`, `start` for a block that has none yet."""
-        new = torch.tensor(start, dtype=torch.float64, device=self.device)
+        new = torch.full((), start, dtype=torch.float64, device=self.device)
         values = [e.state.get(name) for e in self.entries]
         if self.shared is None:
             return torch.cat([

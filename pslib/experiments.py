@@ -263,7 +263,7 @@ class Record:
         distance, effective_lr: what the optimizer exposed along the curve, [points][blocks].
         environment: device, processor, threads, versions, commit, and the data's sha256.
         parameters: how many the network has.
-        peak_bytes: the most that was allocated on the GPU; null on a CPU.
+        peak_bytes: the most that was allocated on the GPU (after an interruption, since then); null on a CPU.
     """
 
     spec: RunSpec
@@ -311,6 +311,7 @@ def _finite(value: float) -> float | None:
 
 
 def _run(spec: RunSpec, preset: str, keep_outputs: bool = False, **how) -> History:
+    """Train as declared; what is not of preset "full" on a CPU, wherever it is, so that one experiment is of one kind of machine."""
     models = []
 
     def prepare(model):
@@ -322,7 +323,7 @@ def _run(spec: RunSpec, preset: str, keep_outputs: bool = False, **how) -> Histo
     return train(
         tasks.get(spec.task, preset), lambda params: contenders.make(spec.optimizer, params, model=models[0], **spec.settings),
         seed=spec.seed, steps=None if preset == "smoke" else spec.steps, init_scale=spec.init_scale, prepare=prepare,
-        keep_outputs=keep_outputs, **how,
+        keep_outputs=keep_outputs, device="auto" if preset == "full" else "cpu", **how,
     )
 
 
@@ -353,7 +354,7 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
         Paused: at the deadline (`time.time()`); the checkpoint beside the record lets the same call go on from there.
     """
     path = spec.file(folder, preset)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = preset == "full" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     checkpoint = path.with_suffix(".checkpoint")
@@ -380,6 +381,7 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as f:
         json.dump(asdict(made), f, separators=(",", ":"))
         f.write("\n")
+    os.chmod(f.name, 0o644)
     os.replace(f.name, path)
     checkpoint.unlink(missing_ok=True)
     return path
@@ -400,7 +402,7 @@ def load(path: Path) -> Record:
         numbers_there = isinstance(made.step_seconds, float) and made.diverged in (True, False)
         if not (lengths_agree and numbers_there and made.preset in PRESETS and {"torch", "device", "data_sha256"} <= set(made.environment)):
             raise ValueError("inconsistent fields")
-    except (json.JSONDecodeError, TypeError, KeyError, AttributeError, ValueError) as error:
+    except (OSError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a complete recorded run; delete it and record it again ({error}).") from None
     return made
 
@@ -416,11 +418,15 @@ def collect(experiment: str, *, folder: Path = FOLDER, preset: str = "cpu") -> l
         path = spec.file(folder, preset)
         if not path.exists():
             raise ValueError(f"{path} is missing; make it with: python -m pslib.experiments run {experiment} --preset {preset}")
-        made = load(path)
-        if made.preset != preset or made.spec != spec:
-            raise ValueError(f"{path} was recorded with other settings; delete it and run: python -m pslib.experiments run {experiment} --preset {preset}")
-        records.append(made)
+        records.append(_checked(path, spec, preset))
     return records
+
+
+def _checked(path: Path, spec: RunSpec, preset: str) -> Record:
+    made = load(path)
+    if made.preset != preset or made.spec != spec:
+        raise ValueError(f"{path} was recorded with other settings; delete it and record it again.")
+    return made
 
 
 def _declared(name: str) -> list[RunSpec]:
@@ -462,7 +468,9 @@ def _families(specs: Iterable[RunSpec], preset: str, folder: Path) -> list[Famil
     families: dict[Path, Family] = {}
     for spec in specs:
         path = spec.file(folder, preset)
-        if not path.exists():
+        if path.exists():
+            _checked(path, spec, preset)
+        else:
             siblings = families.setdefault(replace(spec, rescale=1.0).file(folder, preset), [])
             if spec not in siblings:
                 siblings.append(spec)
@@ -478,19 +486,24 @@ def _record_family(family: Family, preset: str, folder: Path, deadline: float) -
             break
         try:
             record(spec, preset, folder, deadline)
+            done += 1
         except Paused:
             break
-        done += 1
+        except Exception as error:  # one run that cannot be made must not cost the others
+            print(f"{spec.task}/{spec.slug} failed ({type(error).__name__}: {error}).", file=sys.stderr)
     return done
 
 
-def _record_share(families: list[Family], preset: str, folder: Path, deadline: float) -> int:
-    """What one machine of a cluster does."""
+def _record_share(families: list[Family], preset: str, folder: Path, minutes: float) -> int:
+    """What one machine of a cluster does, from when it is its turn."""
+    deadline = time.time() + 60 * minutes
     return sum(_record_family(family, preset, folder, deadline) for family in families)
 
 
-def _on_this_machine(families: list[Family], preset: str, folder: Path, jobs: int, deadline: float) -> Iterable[int]:
+def _on_this_machine(families: list[Family], preset: str, folder: Path, jobs: int, minutes: float) -> Iterable[int]:
     from joblib import Parallel, delayed
+
+    deadline = time.time() + 60 * minutes
 
     def within_budget():
         for family in families:
@@ -500,17 +513,20 @@ def _on_this_machine(families: list[Family], preset: str, folder: Path, jobs: in
     return Parallel(n_jobs=jobs, return_as="generator_unordered", pre_dispatch=jobs)(within_budget())
 
 
-def _on_a_cluster(families: list[Family], preset: str, folder: Path, jobs: int, deadline: float, cluster: str) -> Iterable[int]:
+def _on_a_cluster(families: list[Family], preset: str, folder: Path, jobs: int, minutes: float, cluster: str) -> Iterable[int]:
     try:
         import submitit
     except ImportError:
         raise ValueError("--cluster needs the package submitit: pip install submitit.") from None
-    executor = submitit.AutoExecutor(folder=folder / "submitted", cluster=cluster)
-    minutes = 24 * 60 if deadline == math.inf else max(1, math.ceil((deadline - time.time()) / 60) + 5)
-    executor.update_parameters(timeout_min=minutes, slurm_array_parallelism=jobs)
-    shares = [families[i::jobs] for i in range(min(jobs, len(families)))]
-    submitted = [executor.submit(_record_share, share, preset, folder, deadline) for share in shares]
-    return (job.result() for job in submitit.helpers.as_completed(submitted, poll_frequency=1))
+    minutes = min(minutes, 24 * 60)
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "submitted", cluster=cluster)
+        executor.update_parameters(timeout_min=math.ceil(minutes) + 5, gpus_per_node=int(preset == "full"))
+        shares = [families[i::jobs] for i in range(min(jobs, len(families)))]
+        submitted = [executor.submit(_record_share, share, preset, folder, minutes) for share in shares]
+        yield from (job.result() for job in submitit.helpers.as_completed(submitted, poll_frequency=1))
+    except (RuntimeError, ValueError, submitit.core.utils.UncompletedJobError) as error:
+        raise ValueError(f"--cluster {cluster}: {error}") from None
 
 
 def run(names: list[str], preset: str, folder: Path, jobs: int, minutes: float, cluster: str | None = None) -> int:
@@ -521,12 +537,11 @@ def run(names: list[str], preset: str, folder: Path, jobs: int, minutes: float, 
     for task in dict.fromkeys(spec.task for spec in wanted):
         tasks.get(task, preset).load()
     families = _families(wanted, preset, folder)
-    deadline = time.time() + 60 * minutes
     spread = partial(_on_a_cluster, cluster=cluster) if cluster else _on_this_machine
     with tqdm(total=sum(map(len, families)), desc="recording", unit="run") as bar:
-        for done in spread(families, preset, folder, jobs, deadline):
+        for done in spread(families, preset, folder, jobs, minutes):
             bar.update(done)
-    return sum(not spec.file(folder, preset).exists() for spec in wanted)
+    return len({path for path in (spec.file(folder, preset) for spec in wanted) if not path.exists()})
 
 
 def _possible(preset: str) -> list[str]:
@@ -571,8 +586,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.command == "run":
-            if args.preset == "smoke" and args.folder == FOLDER:
+            if args.preset == "smoke" and args.folder.resolve() == FOLDER:
                 raise ValueError("the book keeps no records of --preset smoke; give it a --folder.")
+            if args.jobs < 1:
+                raise ValueError("--jobs must be at least 1.")
+            if args.preset == "full" and not on_gpu and not args.cluster:
+                print("There is no GPU here: the full preset will take days.", file=sys.stderr)
             names = args.names or _possible(args.preset)
             missing = run(names, args.preset, args.folder, args.jobs, args.minutes, args.cluster)
             print(f"{missing} runs still missing" + ("; run the same command again to go on." if missing else "."))

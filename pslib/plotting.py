@@ -149,9 +149,11 @@ _TOGGLE = """
   }
   box.querySelectorAll("label").forEach(function (label) {
     var input = label.querySelector("input"), name = input.value, text = label.title;
-    input.addEventListener("change", function () {
+    function show() {
       lines.forEach(function (line) { if (line.dataset.series === name) line.style.display = input.checked ? "" : "none"; });
-    });
+    }
+    input.addEventListener("change", show);
+    if ("off" in input.dataset) { input.checked = false; show(); }
     [label].concat(lines.filter(function (line) { return line.dataset.series === name; })).forEach(function (part) {
       part.addEventListener("pointerenter", function () { point(name, text); });
       part.addEventListener("pointerleave", function () { point(null); });
@@ -183,31 +185,28 @@ def toggles(figure: plt.Figure, series: Mapping[str, str], alt: str, *, hidden: 
         hidden: the names that are switched off at first.
     """
     drawn = io.StringIO()
-    digest = hashlib.sha256(repr((sorted(series.items()), alt)).encode()).hexdigest()[:12]
-    # Identifiers inside the picture come from the salt: two pictures on a page must not share them.
-    with mpl.rc_context({"svg.hashsalt": digest, "svg.fonttype": "none"}):
+    with mpl.rc_context({"svg.hashsalt": "pslib", "svg.fonttype": "none"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
     svg = drawn.getvalue()
+    # Identifiers inside a picture begin with what it is: two pictures on a page must not share them.
+    digest = "p" + hashlib.sha256((svg + alt).encode()).hexdigest()[:12]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.S)
     # A style element would reach the whole page.
     svg = svg.replace('<style type="text/css">*{', f'<style type="text/css">#toggles-{digest} svg *{{')
-    off = set(hidden)
 
-    def group(match: re.Match) -> str:
-        name = match[1]
-        if name not in series:
-            return f'<g id="{digest}-{name}"'
-        return f'<g data-series="{html.escape(name)}"' + (' style="display: none"' if name in off else "")
+    def named(match: re.Match) -> str:
+        return f'<g data-series="{html.escape(match[1])}"' if match[1] in series else f'<g id="{digest}-{match[1]}"'
 
-    svg = re.sub(r'<g id="([^"]+)"', group, svg)
+    svg = re.sub(r'<g id="([^"]+)"', named, svg)
+    svg = re.sub(r'(<(?:path|clipPath) id="|xlink:href="#|url\(#)', rf"\1{digest}-", svg)
     svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width: 100%; height: auto; background: white" ', svg, count=1)
     boxes = []
     for name, text in series.items():
         style = style_of(name)
         boxes.append(
             f'<label title="{html.escape(text)}" style="display: inline-block; margin-right: 1em; min-height: 1.6rem">'
-            f'<input type="checkbox" value="{html.escape(name)}"{"" if name in off else " checked"}> '
+            f'<input type="checkbox" value="{html.escape(name)}" checked{" data-off" if name in hidden else ""}> '
             f'<span aria-hidden="true" style="display: inline-block; width: 1.6em; vertical-align: middle; border-top: 3px '
             f'{_CSS_LINE[style["linestyle"]]} {style["color"]}"></span> {html.escape(style["label"])}</label>'
         )

@@ -166,9 +166,8 @@ class _Batches:
 class _Gradients:
     """Forward and backward for one batch; on a GPU, if the task says so, as a CUDA graph that is replayed."""
 
-    def __init__(self, task: Task, model: nn.Module, x, y: Tensor):
-        self.task, self.model, self.x, self.y = task, model, x, y
-        self.fast = task.accelerate and y.is_cuda
+    def __init__(self, task: Task, model: nn.Module, x, y: Tensor, fast: bool):
+        self.task, self.model, self.x, self.y, self.fast = task, model, x, y, fast
         self.graph = None
 
     def _forward_backward(self, batch: Tensor) -> Tensor:
@@ -212,50 +211,66 @@ class _Gradients:
                 b.copy_(before)
 
 
+class _Pickler(pickle.Pickler):
+    """Writes the names of the model's parameters and modules instead of them."""
+
+    def __init__(self, file, named: dict[str, object]):
+        super().__init__(file)
+        self.names = {id(value): name for name, value in named.items()}
+
+    def persistent_id(self, value):
+        return self.names.get(id(value))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts in their place the parameters and modules of the model that this process has built."""
+
+    def __init__(self, file, named: dict[str, object]):
+        super().__init__(file)
+        self.named = named
+
+    def persistent_load(self, name):
+        return self.named[name]
+
+
 class _Checkpoint:
     """A run in one file: everything that moves, written whole or not at all, with the optimizer as it is.
 
-    Not every optimizer keeps its whole state in `state_dict`, so its attributes are pickled; parameters and modules in them
-    are replaced by their names, and found again in the model that the next process builds.
+    Not every optimizer keeps its whole state in `state_dict`, so its attributes are pickled.  `identity` says what the run
+    is: a file of another one is not gone on from.
     """
 
-    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer):
-        self.path, self.model, self.optimizer = path, model, optimizer
+    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str):
+        self.path, self.model, self.optimizer, self.identity = path, model, optimizer, identity
         self.named = {**dict(model.named_parameters()), **{f"module {n}": m for n, m in model.named_modules()}}
 
     def save(self, **run) -> None:
         """Replace the file once the new one is complete."""
-        names = {id(value): name for name, value in self.named.items()}
-
-        class Pickler(pickle.Pickler):
-            def persistent_id(self, value):
-                return names.get(id(value))
-
         # Hooks, and the step that a scheduler has wrapped, belong to the process.
         attributes = {k: v for k, v in vars(self.optimizer).items() if not callable(v) and not k.startswith("_optimizer_")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".", suffix=".part", delete=False) as f:
-            Pickler(f).dump({"model": self.model.state_dict(), "optimizer": attributes, **run})
+            _Pickler(f, self.named).dump({"identity": self.identity, "model": self.model.state_dict(), "optimizer": attributes, "run": run})
         os.replace(f.name, self.path)
 
     def load(self) -> dict | None:
-        """Put model and optimizer where they were and return the rest; None if there is no file or it cannot be read."""
-        named = self.named
-
-        class Unpickler(pickle.Unpickler):
-            def persistent_load(self, name):
-                return named[name]
-
+        """Put model and optimizer where they were and return the rest; None if there is no file, or, with a sentence, it is no use."""
         try:
             with open(self.path, "rb") as f:
-                run = Unpickler(f).load()
-            self.model.load_state_dict(run.pop("model"))
+                kept = _Unpickler(f, self.named).load()
+            attributes, run = dict(kept["optimizer"]), kept["run"]
+            if kept["identity"] != self.identity:
+                raise ValueError("it is of another run, device or version")
+            shapes = [{name: value.shape for name, value in state.items()} for state in (kept["model"], self.model.state_dict())]
+            if shapes[0] != shapes[1]:
+                raise ValueError("it is of another network")
+            self.model.load_state_dict(kept["model"])
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError):
-            # Of another version of the code, or damaged: the run starts again, which costs time and nothing else.
+        except Exception as error:  # bytes that are no checkpoint make pickle raise nearly anything
+            print(f"{self.path} cannot be gone on from ({type(error).__name__}: {error}); the run starts again.", file=sys.stderr)
             return None
-        vars(self.optimizer).update(run.pop("optimizer"))
+        vars(self.optimizer).update(attributes)
         return run
 
 
@@ -316,7 +331,7 @@ def train(
         for p in model.parameters():
             p.mul_(init_scale)
     model.to(device, dtype)
-    fast = task.accelerate and device == "cuda"
+    fast = task.accelerate and y_train.is_cuda
     if fast and x_train.ndim == 4:
         model.to(memory_format=torch.channels_last)
     if prepare is not None:
@@ -325,9 +340,11 @@ def train(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps) if schedule == "cosine" else None
     history = History(task.name, seed, task.metric, block_names=list(getattr(opt, "block_names", [])))
     looks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    batches, gradients = _Batches(task, len(x_train), seed, device), _Gradients(task, model, x_train, y_train)
+    batches, gradients = _Batches(task, len(x_train), seed, device), _Gradients(task, model, x_train, y_train, fast)
     losses, done, start = [], 0, time.perf_counter()
-    kept = None if checkpoint is None else _Checkpoint(checkpoint, model, opt)
+    identity = (task.name, task.batch_size, steps, seed, schedule, init_scale, dtype, device, torch.__version__, type(opt).__qualname__)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+    kept = None if checkpoint is None else _Checkpoint(checkpoint, model, opt, repr((identity, settings)))
     before = kept.load() if kept else None
     if before is not None:
         done, losses, history = before["done"], [before["losses"].to(device)], before["history"]
@@ -345,10 +362,17 @@ def train(
     tick = saved = time.perf_counter()
     for k in range(done + 1, steps + 1):
         loss = gradients(batches.next(), opt)
-        step(opt, loss)
+        losses.append(loss.reshape(1))
+        try:
+            step(opt, loss)
+        except (AssertionError, ArithmeticError):
+            # What DoG says to a loss that is not a number.
+            if math.isfinite(loss.item()):
+                raise
+            history.diverged = True
+            break
         if scheduler is not None:
             scheduler.step()
-        losses.append(loss.reshape(1))
         if k in looks:
             finite = math.isfinite(losses[-1].item())
             # Reading the loss has waited for the device.

@@ -2,17 +2,17 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from pslib import contenders, experiments, tasks
+from pslib import contenders, experiments, tasks, training
 from pslib.experiments import EXPERIMENTS, FOLDER, NOT_YET_RUN, RunSpec, best, by_setting, collect, load, main, metric, record, rerun, twin_distance
 from pslib.training import Paused
 
@@ -295,17 +295,60 @@ def test_the_time_budget_stops_inside_a_run_and_the_next_call_goes_on(monkeypatc
     assert load(LONG.file(tmp_path, "cpu")).curve == load(record(LONG, "cpu", tmp_path / "whole")).curve
 
 
-def test_a_damaged_checkpoint_costs_time_and_nothing_else(tmp_path):
-    spec = replace(LONG, steps=6)
-    with pytest.raises(Paused, match="digits-vit, seed 0: 1 of 6 steps done"):
+NETWORK = pickle.dumps({"identity": "?", "optimizer": {}, "run": {}, "model": {}})
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b"cats\ndogs\n", lambda b: pickle.dumps([1, 2]), lambda b: NETWORK])
+def test_a_damaged_checkpoint_costs_time_and_nothing_else(damage, tmp_path, capsys):
+    spec = RunSpec("digits-mlp", "adam", "adam", steps=6)
+    with pytest.raises(Paused, match="digits-mlp, seed 0: 1 of 6 steps done"):
         record(spec, "cpu", tmp_path, deadline=0)
     (kept,) = tmp_path.rglob("*.checkpoint")
-    kept.write_bytes(kept.read_bytes()[:1000])
+    kept.write_bytes(damage(kept.read_bytes()))
     made = load(record(spec, "cpu", tmp_path))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{kept} cannot be gone on from (") and line.endswith("; the run starts again.")
     assert made.curve == load(record(spec, "cpu", tmp_path / "whole")).curve
 
 
-@pytest.mark.parametrize("write", ["json.dump", "experiments.os.replace", "training.pickle.Pickler.dump"])
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path, capsys):
+    old, new = (RunSpec("digits-mlp", "adamw", "adamw", {"lr": 0.01, "weight_decay": w}, steps=6) for w in (0.0, 0.5))
+    with pytest.raises(Paused):
+        record(old, "cpu", tmp_path, deadline=0)
+    made = load(record(new, "cpu", tmp_path))
+    assert "it is of another run, device or version" in capsys.readouterr().err
+    assert made.curve == load(record(new, "cpu", tmp_path / "whole")).curve
+
+
+def test_an_optimizer_that_refuses_a_loss_that_is_no_number_has_diverged(tmp_path, monkeypatch):
+    def refuses(*args, **kwargs):
+        raise AssertionError("G > 0")
+
+    monkeypatch.setattr(training, "step", refuses)
+    spec = RunSpec("digits-mlp", "dog", "dog")
+    with pytest.raises(AssertionError):
+        record(spec, "smoke", tmp_path)
+    nan = type("Nan", (tasks.Task,), {"loss": lambda self, logits, target: logits.sum() * float("nan")})
+    monkeypatch.setitem(tasks.TASKS, "digits-mlp", nan(**vars(tasks.TASKS["digits-mlp"])))
+    assert load(record(spec, "smoke", tmp_path)).diverged
+
+
+def test_one_run_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capfd):
+    monkeypatch.setitem(EXPERIMENTS, "mixed", [RunSpec("digits-mlp", "adam", "adam", {"lr": -1.0}), RunSpec("digits-mlp", "adamw", "adamw")])
+    assert main(["run", "mixed", "--preset", "smoke", "--folder", str(tmp_path), "--jobs", "1"]) == 1
+    out, err = capfd.readouterr()
+    assert "digits-mlp/adam-lr-1-seed0 failed (ValueError: Invalid learning rate: -1.0)." in err and "1 runs still missing" in out
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_run_does_not_take_a_damaged_record_for_a_finished_run(tiny, tmp_path, capsys):
+    path = record(TINY[0], "smoke", tmp_path)
+    path.write_text("garbage")
+    assert main(["run", "tiny", "--preset", "smoke", "--folder", str(tmp_path)]) == 2
+    assert f"{path} is not a complete recorded run; delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("write", ["json.dump", "experiments.os.replace", "training.os.replace", "training._Pickler.dump"])
 def test_kill_9_in_the_middle_of_a_write_loses_nothing(write, tmp_path):
     """The process kills itself half way through writing a record or a checkpoint; what was there before is there, and whole."""
     spec = RunSpec("digits-mlp", "adam", "adam", steps=4)
@@ -322,13 +365,9 @@ def die(*args, **kwargs):
         if hasattr(a, "write"):
             a.write('{{"spec": '); a.flush()
     os.kill(os.getpid(), signal.SIGKILL)
-if {write!r} == "training.pickle.Pickler.dump":
-    class Pickler(pickle.Pickler):
-        dump = die
-    training.pickle.Pickler = Pickler
-else:
-    {write} = die
-experiments.record(experiments.RunSpec("digits-mlp", "adam", "adam", steps=4), "cpu", Path({str(tmp_path)!r}), deadline=0 if "Pickler" in {write!r} else float("inf"))
+{write} = die
+deadline = 0 if {write!r}.startswith("training") else float("inf")
+experiments.record(experiments.RunSpec("digits-mlp", "adam", "adam", steps=4), "cpu", Path({str(tmp_path)!r}), deadline=deadline)
 """
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -341,11 +380,19 @@ experiments.record(experiments.RunSpec("digits-mlp", "adam", "adam", steps=4), "
 def test_two_workers_of_a_cluster_record_the_same_declared_runs(tiny, tmp_path):
     pytest.importorskip("submitit")
     assert main(["run", "tiny", "--preset", "smoke", "--folder", str(tmp_path), "--jobs", "2", "--cluster", "local"]) == 0
-    assert len(list((tmp_path / "submitted").glob("*_result.pkl"))) == 2
+    results = [pickle.loads(path.read_bytes()) for path in (tmp_path / "submitted").glob("*_result.pkl")]
+    # Each made its half, none the other's.
+    assert sorted(results) == [("success", 2), ("success", 2)]
     here = tmp_path / "here"
     assert main(["run", "tiny", "--preset", "smoke", "--folder", str(here), "--jobs", "1"]) == 0
     for there, alone in zip(collect("tiny", folder=tmp_path, preset="smoke"), collect("tiny", folder=here, preset="smoke"), strict=True):
         assert there.curve == alone.curve
+
+
+def test_a_cluster_that_is_not_there_gives_one_sentence(tiny, tmp_path, capsys):
+    pytest.importorskip("submitit")
+    assert main(["run", "tiny", "--preset", "smoke", "--folder", str(tmp_path), "--cluster", "nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("pslib.experiments: --cluster nowhere: ")
 
 
 def test_a_cluster_without_its_package_gives_one_sentence(tiny, tmp_path, monkeypatch, capsys):
@@ -381,6 +428,11 @@ def test_missing_data_give_one_sentence_and_the_rest_is_recorded(monkeypatch, tm
     assert main(["run", *command]) == 0
     assert f"photographs is left out. {sentence}" in capsys.readouterr().err
     assert len(collect("tiny", folder=tmp_path, preset="smoke")) == 4
+
+
+def test_no_workers_give_one_sentence(tiny, tmp_path, capsys):
+    assert main(["run", "tiny", "--folder", str(tmp_path), "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "pslib.experiments: --jobs must be at least 1.\n"
 
 
 def test_a_preset_that_a_task_does_not_have_gives_one_sentence(tiny, tmp_path, capsys):

@@ -99,6 +99,16 @@ def test_photographs_are_normalised_by_the_training_images_and_reduced_by_averag
     assert torch.equal(small.y_train, whole.y_train[:9])
 
 
+def test_a_small_point_is_the_mean_of_those_it_stands_for():
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 5, 3, 32, 32), dtype=np.uint8)
+    arrays = {f"{k}_{split}": v for split, x in zip(("train", "test"), pixels, strict=True) for k, v in (("x", x), ("y", np.arange(5)))}
+    d = datasets._subset(arrays, 5, None, None, 8)
+    means = torch.from_numpy(pixels[0]).double().reshape(5, 3, 8, 4, 8, 4).mean((3, 5))[d.y_train]
+    expected = (means - means.mean((0, 2, 3), keepdim=True)) / means.std((0, 2, 3), keepdim=True)
+    # float32 against float64
+    assert torch.allclose(d.x_train.double(), expected, atol=1e-5)
+
+
 def test_an_archive_is_decoded_once(tmp_path, monkeypatch):
     write_tar(tmp_path / "data" / "cifar10-jpeg.tar.xz", photographs())
     first = datasets.cifar10()
@@ -196,6 +206,29 @@ def test_a_truncated_archive_gives_one_sentence(tmp_path):
     with pytest.raises(tasks.MissingData, match="cifar10-jpeg.tar.xz is damaged .*; get it again"):
         datasets.cifar10()
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_damaged_files_of_every_set_give_one_sentence_that_names_them(tmp_path):
+    data = tmp_path / "data"
+    (data / "cifar-100-python").mkdir()
+    write_folder(data / "cifar-100-python", {"train": b"no pickle", "test": b""})
+    (data / "tinyshakespeare.txt").write_bytes(b"\xff\xfe")
+    (data / "imagenet").mkdir()
+    write_folder(data / "cifar10-jpeg", {"train/cat/0.jpg": jpeg((0, 0, 0))[:100], "test/cat/0.jpg": jpeg((0, 0, 0))})
+    for load, name in (
+        (datasets.cifar100, "cifar-100-python/train"), (datasets.shakespeare, "tinyshakespeare.txt"), (datasets.imagenet, "imagenet"),
+        (datasets.cifar10, "train/cat/0.jpg"),
+    ):
+        with pytest.raises(tasks.MissingData, match=f"{data}/.*{name} is damaged or something else .*; get it again.") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_in_the_cache_gives_one_sentence(tmp_path):
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "mnist1d.npz").write_bytes(b"not a zip")
+    with pytest.raises(tasks.MissingData, match="mnist1d.npz is damaged"):
+        datasets.mnist1d.__wrapped__()
 
 
 def test_without_pslib_data_the_cache_folder_is_looked_in(tmp_path, monkeypatch):

@@ -176,8 +176,8 @@ def test_overlapping_windows_are_placed_as_one_row_of_tokens():
     tokens = torch.arange(1000)
     windows = tokens.unfold(0, 65, 1)
     for t in (windows[:, :-1], windows[:, 1:]):
-        placed = _place(t, "cpu", torch.float32)
-        assert torch.equal(placed, t) and placed.untyped_storage().nbytes() == tokens.untyped_storage().nbytes()
+        assert torch.equal(_place(t, "cpu", torch.float32), t)
+        assert _place(t, "meta", torch.float32).untyped_storage().nbytes() == tokens.untyped_storage().nbytes()
 
 
 def test_the_loss_is_given_to_whoever_asks_for_it():
@@ -229,14 +229,19 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("norm", [True, False])
 def test_the_fast_way_on_a_gpu_computes_the_same_training(norm):
-    """bfloat16 keeps eight bits: losses agree to a few percent over the first steps, and batch norm's statistics start alike."""
+    """bfloat16 keeps eight bits: emulated on a CPU, losses differ by up to 0.7 % and running statistics by 0.6 %."""
     from pslib.networks import ResNet
 
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(512, 3, 32, 32, generator=generator), torch.randint(0, 10, (512,), generator=generator)
-    data = datasets.Data(x, y, x[:64], y[:64], 10, "")
-    slow = tasks.Task("images", "images", lambda: data, lambda d: ResNet(10, norm, 8, 1), 64, 20, "accuracy", augment=True)
-    runs = [train(task, adam, evaluations=2) for task in (slow, replace(slow, accelerate=True))]
-    assert torch.allclose(runs[0].losses, runs[1].losses, rtol=0.05)
-    for a, b in zip(*(r.model.buffers() for r in runs), strict=True):
-        assert torch.allclose(a.float(), b.float(), rtol=0.2, atol=0.05)
+    x, y = torch.randn(64, 3, 16, 16, generator=generator), torch.randint(0, 10, (64,), generator=generator)
+    data = datasets.Data(x, y, x, y, 10, "")
+    slow = tasks.Task("images", "images", lambda: data, lambda d: ResNet(10, norm, 8, 1), 64, 20, "accuracy")
+
+    def pair(name, lr):
+        return [train(task, lambda p: make(name, p, lr=lr), evaluations=2) for task in (slow, replace(slow, accelerate=True))]
+
+    plain, fast = pair("adam", 3e-3)
+    assert plain.losses[-1] < plain.losses[0] - (1 if norm else 0.05)
+    assert torch.allclose(plain.losses, fast.losses, rtol=0.02)
+    for a, b in zip(*(r.model.buffers() for r in pair("sgd", 0.0)), strict=True):
+        assert torch.allclose(a, b, rtol=0.02, atol=0.02) if a.is_floating_point() else torch.equal(a, b)
