@@ -268,3 +268,69 @@ def test_the_script_widens_the_lines_and_not_the_shapes_that_others_use():
     """A path inside <defs> has an identifier: copied, there would be two."""
     script = picture()[picture().index("<script>") :]
     assert "line.children" in script and 'querySelectorAll("path")' not in script
+
+
+# --- what the records say ---------------------------------------------------------------------------
+
+SUITE = [t for t in experiments.BENCHMARK if f"benchmark-{t}" not in experiments.NOT_YET_RUN]
+HELD_OUT = [t for t in SUITE if t not in experiments.COMPARED]
+OURS, RIVAL = "psdasgd-tensor", "psdasgd-model-units"
+WITH_A_RATE = {"adamw", "adamw-0.98", "adamw-default", "momentum"}
+
+
+@cache
+def records(task):
+    return experiments.collect(f"benchmark-{task}")
+
+
+@cache
+def regrets(measure):
+    return {task: benchmark.log_regret(records(task), measure) for task in SUITE}
+
+
+def mean(measure, contender, names=SUITE):
+    return np.mean([regrets(measure)[t][contender] for t in names])
+
+
+def test_the_suite_is_what_the_page_says():
+    assert len(SUITE) == 13 and len(HELD_OUT) == 8
+    contenders = [{r.spec.contender for r in records(task)} for task in SUITE]
+    assert all(names == contenders[0] for names in contenders) and len(contenders[0]) == 18
+    assert all(not r.spec.settings.get("weight_decay") for task in SUITE for r in records(task) if r.spec.contender in ("adamw", "adamw-0.98"))
+
+
+@pytest.mark.parametrize("measure", benchmark.MEASURES)
+def test_adamws_best_rate_is_inside_its_grid(measure):
+    for task in SUITE:
+        for name in benchmark.REFERENCE:
+            rate = benchmark.best(records(task), measure)[name][0].spec.settings["lr"]
+            assert experiments.WIDE_GRID[0] < rate < experiments.WIDE_GRID[-1]
+
+
+@pytest.mark.parametrize("measure", benchmark.MEASURES)
+def test_the_default_meets_the_condition(measure):
+    """Mean log-regret at most 0, and first among the methods without a learning rate."""
+    rows = benchmark.summary(regrets(measure))
+    free = [row for row in rows if row.contender not in WITH_A_RATE]
+    assert free[0].contender == OURS and free[0].mean <= 0
+
+
+@pytest.mark.parametrize("measure", benchmark.MEASURES)
+def test_one_task_decides_the_sign(measure):
+    others = [t for t in SUITE if t != "digits-vit"]
+    assert 0 < mean(measure, OURS, others) < math.log(1.05)
+
+
+@pytest.mark.parametrize("measure", benchmark.MEASURES)
+def test_on_the_held_out_tasks_the_default_is_ahead_of_its_rival_because_of_one_task(measure):
+    others = [t for t in HELD_OUT if t != "digits-vit"]
+    assert mean(measure, OURS, HELD_OUT) < mean(measure, RIVAL, HELD_OUT)
+    assert abs(mean(measure, OURS, others) - mean(measure, RIVAL, others)) < 0.02
+
+
+def test_where_the_default_fails():
+    failed = {task: benchmark.failures(records(task)) for task in SUITE}
+    assert {task: n[OURS] for task, n in failed.items() if n[OURS]} == {"cifar10-resnet32-bn": 1, "cifar10-vgg19-bn": 3}
+    assert failed["cifar10-vgg19-bn"]["ps-sps"] == failed["cifar10-vgg19-bn"]["adamw-default"] == 0
+    ended = [r.distance[-1][0] for r in records("cifar10-vgg19-bn") if r.spec.contender == RIVAL]
+    assert ended == [2.0**-8] * 3                                     # the first guess

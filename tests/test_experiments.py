@@ -320,6 +320,17 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path, capsys):
     assert made.curve == load(record(new, "cpu", tmp_path / "whole")).curve
 
 
+def test_a_checkpoint_of_another_network_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    spec = RunSpec("digits-mlp", "adam", "adam", steps=6)
+    with pytest.raises(Paused):
+        record(spec, "cpu", tmp_path, deadline=0)
+    task = tasks.get("digits-mlp")
+    monkeypatch.setitem(tasks.TASKS, "digits-mlp", replace(task, build=lambda d: tasks.mlp(64, d.classes, 32)))
+    made = load(record(spec, "cpu", tmp_path))
+    assert "it is of another network" in capsys.readouterr().err
+    assert made.curve == load(record(spec, "cpu", tmp_path / "whole")).curve
+
+
 def test_an_optimizer_that_refuses_a_loss_that_is_no_number_has_diverged(tmp_path, monkeypatch):
     def refuses(*args, **kwargs):
         raise AssertionError("G > 0")
@@ -437,7 +448,7 @@ def test_no_workers_give_one_sentence(tiny, tmp_path, capsys):
 
 def test_a_preset_that_a_task_does_not_have_gives_one_sentence(tiny, tmp_path, capsys):
     assert main(["run", "tiny", "--preset", "full", "--folder", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "pslib.experiments: digits-mlp has no preset 'full': 'cpu' is all there is of it.\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "pslib.experiments: digits-mlp has no preset 'full': 'cpu' is all there is of it."
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\x00\xff", b'{"title": "somebody else\'s"}', b"[]", b'"text"'])

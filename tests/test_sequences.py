@@ -225,3 +225,57 @@ def test_both_shakespeares_are_the_same_bytes_at_the_small_preset():
     seen = {(r.environment["data_sha256"], r.preset) for task in TASKS[:2] for r in records(task)}
     assert len(seen) == 1 and seen.pop()[1] == "cpu"
 
+
+
+@each_task
+def test_ps_sps_is_below_tuned_adamw_with_every_seed(task):
+    assert ends(task)["ps-sps"].max() < tuned(task).min()
+
+
+def test_the_default_loses_to_tuned_adamw_on_two_tasks_and_overlaps_on_one():
+    above = [ends(task)["psdasgd-tensor"].min() > tuned(task).max() for task in TASKS]
+    assert above == [True, False, True]
+    assert all(ends(task)["psdasgd-tensor"].mean() > tuned(task).mean() for task in TASKS)
+    assert all(ends(task)["psdasgd-model-units"].mean() < ends(task)["psdasgd-tensor"].mean() for task in TASKS)
+
+
+@each_task
+def test_others_against_tuned_adamw(task):
+    behind = {name: values.mean() - tuned(task).mean() for name, values in ends(task).items()}
+    assert {name for name, value in behind.items() if value < -0.005} <= {"ps-sps", "psdasgd-model-units"}
+    assert abs(behind["momo-adam"]) < 0.005 and behind["adamw-default"] > 0.25 and behind["momentum"] > 0.1
+    assert abs(ends(task)["adamw"].mean() - ends(task)["adamw-0.98"].mean()) < 0.02
+    assert ends(task)["dadapt-adam"].mean() - ends(task)["dadapt-adam-0.98"].mean() > 0.5
+
+
+@each_task
+def test_momentum_sgd_diverges_just_above_its_best_rate(task):
+    groups = {lr: group for (name, lr, *_), group in experiments.by_setting(records(task)).items() if name == "momentum"}
+    best = benchmark.best(records(task), "test")["momentum"][0].spec.settings["lr"]
+    above = sorted(lr for lr in groups if lr > best)
+    assert len(groups) == 9 and above and all(r.diverged for r in groups[above[0]])
+
+
+def test_bytes_cost_adamw_and_not_ps_da_sgd():
+    gap = {name: ends(TASKS[1])[name] - ends(TASKS[0])[name] for name in ends(TASKS[1])}
+    assert (gap["adamw"] > 0).all() and (gap["adamw-0.98"] > 0).all() and abs(gap["psdasgd-tensor"].mean()) < 0.02
+    assert (gap["psdasgd-tensor"] > 0).any() and (gap["psdasgd-tensor"] < 0).any()
+    assert gap["prodigy"].mean() > 0.2 > 0.05 > gap["prodigy-0.98"].mean()
+
+
+@each_task
+def test_embeddings_are_given_larger_distances_than_attention_and_perceptrons(task):
+    for r in benchmark.best(records(task), "test")["psdasgd-tensor"]:
+        of = dict(zip(r.block_names, r.distance[-1], strict=True))
+        mean = {kind: np.exp(np.mean([math.log(of[n]) for n in of if n.endswith(kind)])) for kind in (
+            ("token.weight", "position.weight"), ("query.weight", "key.weight", "value.weight", "out.weight"), ("up.weight", "down.weight"))}
+        embeddings, attention, perceptrons = mean.values()
+        assert embeddings > 10 * attention and attention > perceptrons
+
+
+def test_ps_sps_warms_up_by_itself():
+    best = benchmark.best(records(TASKS[2]), "test")
+    rate = best["adamw"][0].spec.settings["lr"]
+    for r in best["ps-sps"]:
+        eta = np.array(r.effective_lr)[:, 0]
+        assert eta[0] < rate / 3 and eta.max() > 3 * rate and eta[-1] < eta.max() / 100

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from functools import cache
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -174,13 +175,15 @@ def test_the_best_rate_is_inside_its_grid(task, contender):
     assert len(means) == 9 and min(means) < min(means, key=means.get) < max(means)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_choosing_the_rate_by_the_judging_seeds_gave_adamw_next_to_nothing(task):
-    """Chosen by two seeds and judged by the third, its mean loss is at most 0.01 nats higher."""
-    for contender in ("adamw", "adamw-0.98"):
-        by_rate = losses(task)[contender]
-        left_out = [min(by_rate.values(), key=lambda v, s=s: np.delete(v, s).mean())[s] for s in range(3)]
-        assert 0 <= np.mean(left_out) - at_best(task, contender).mean() + 1e-12 < 0.01
+def test_choosing_the_rate_by_the_judging_seeds_gave_adamw_next_to_nothing():
+    """Chosen by two seeds and judged by the third, its mean loss is the same but on one network."""
+    costs = []
+    for task in TASKS:
+        for contender in ("adamw", "adamw-0.98"):
+            by_rate = losses(task)[contender]
+            left_out = [min(by_rate.values(), key=lambda v, s=s: np.delete(v, s).mean())[s] for s in range(3)]
+            costs.append(np.mean(left_out) - at_best(task, contender).mean())
+    assert sum(cost > 1e-9 for cost in costs) <= 1 and -1e-9 < min(costs) and max(costs) < 0.05
 
 
 def test_distances_never_shrink_and_start_above_their_first_guess():
@@ -191,3 +194,87 @@ def test_distances_never_shrink_and_start_above_their_first_guess():
             first = np.array([p.detach().square().mean().sqrt().item() * 2.0**-8 for p in start.values()])
             assert r.block_names == list(start) and distances.shape == (len(r.curve["step"]), len(start))
             assert (np.diff(distances, axis=0) >= 0).all() and (distances[0] >= first * (1 - 1e-5)).all()
+
+
+def test_who_is_first_and_who_never_fails():
+    names = list(losses("digits-vit"))
+    assert len(names) == 18 and all(list(losses(task)) == names for task in TASKS)
+    first = {task: min(names, key=lambda c: at_best(task, c).mean()) for task in TASKS}
+    assert all(first[task] in ("adamw", "adamw-0.98") for task in TASKS[:3])
+    assert [first[task] for task in TASKS[3:]] == ["psdasgd-tensor", "ps-sps", "psdasgd-tensor"]
+    fails = {c: 0 for c in names}
+    for task in TASKS:
+        furthest = max(GUESS - at_best(task, c).mean() for c in names)
+        for c in names:
+            fails[c] += int((GUESS - at_best(task, c) < furthest / 2).sum())
+    assert {c for c in names if fails[c] == 0} == {"adamw", "adamw-0.98", "ps-sps"}
+    assert fails["dog"] == fails["ldog"] == 18 and fails["psdasgd-model"] >= 15
+
+
+def test_ps_methods_come_closer_to_tuned_adamw_without_batch_norm_and_sps_and_momo_go_the_other_way():
+    for network in ("resnet32", "vgg19"):
+        with_norm, without = (lambda c, task=f"cifar10-{network}{suffix}": below_guessing(task, c) for suffix in ("-bn", ""))
+        for c in ("ps-sps", "psdasgd-tensor", "psdasgd-model-units"):
+            assert without(c) > with_norm(c)
+        for c in ("sps", "momo-adam"):
+            assert with_norm(c) > 90 and without(c) < 50
+    assert all(below_guessing(task, "psdasgd-tensor") < 60 for task in WITH_NORM)
+    assert all(below_guessing(task, "psdasgd-tensor") > 85 for task in TASKS if task not in WITH_NORM)
+
+
+def test_in_vgg_with_batch_norm_the_distances_stand_still_and_on_the_digits_they_all_move():
+    moved, doubled = {}, {}
+    for task in TASKS:
+        ratios = []
+        for r in (r for r in runs(task) if r.spec.contender == "psdasgd-tensor"):
+            weights = [(p, d) for p, d in zip(built(task, seed=r.spec.seed).parameters(), r.distance[-1], strict=True) if p.dim() > 1]
+            ratios += [d / p.detach().square().mean().sqrt().item() * 2**8 for p, d in weights]
+        moved[task], doubled[task] = np.mean(np.array(ratios) > 1.001), np.mean(np.array(ratios) > 2)
+    assert moved["cifar10-vgg19-bn"] < 0.25 < moved["cifar10-vgg19"] < 0.7 and moved["digits-vit"] == 1
+    assert doubled["cifar10-vgg19-bn"] < doubled["cifar10-vgg19"] < 0.5 < doubled["cifar10-resnet32-bn"] < doubled["cifar10-resnet32"]
+    one = [r for r in runs("cifar10-vgg19-bn") if r.spec.contender == "psdasgd-model-units"]
+    assert all(set(np.ravel(r.distance)) == {2.0**-8} for r in one)
+    # The contrast that keeps batch norm from being the whole story.
+    learned = [r for r in experiments.collect("blocks-mnist1d-resnet") if r.spec.contender == "psdasgd-tensor"]
+    for r in learned:
+        parameters = built("mnist1d-resnet", seed=r.spec.seed).parameters()
+        grown = [d / p.detach().square().mean().sqrt().item() * 2**8 for p, d in zip(parameters, r.distance[-1], strict=True) if p.dim() > 1]
+        assert min(grown) > 1.5
+
+
+def test_queries_and_keys_end_with_the_largest_distances():
+    for task, depth in (("cifar10-vit", 4), ("digits-vit", 2)):
+        logs = defaultdict(list)
+        for r in (r for r in runs(task) if r.spec.contender == "psdasgd-tensor"):
+            for (name, p), d in zip(built(task, seed=r.spec.seed).named_parameters(), r.distance[-1], strict=True):
+                if p.dim() > 1:
+                    logs[name].append(math.log(d / p.detach().square().mean().sqrt().item()))
+        mean = {name: np.mean(values) for name, values in logs.items()}
+        for i in range(depth):
+            of = {kind: mean[f"blocks.{i}.{kind}.weight"] for kind in ("query", "key", "value", "out", "up", "down")}
+            assert min(of["query"], of["key"]) > max(of[kind] for kind in ("value", "out", "up", "down"))
+
+
+def agreement(x, y):
+    """Kendall's tau-b, by counting pairs."""
+    dx, dy = (np.sign(np.subtract.outer(v, v))[np.triu_indices(len(v), 1)] for v in (np.asarray(x), np.asarray(y)))
+    return (dx * dy).sum() / math.sqrt((dx != 0).sum() * (dy != 0).sum())
+
+
+def test_batch_norm_decides_the_order_more_than_the_network_does():
+    names = list(losses("digits-vit"))
+    means = {task: [at_best(task, c).mean() for c in names] for task in PHOTOGRAPHS}
+    taus = {frozenset(pair): agreement(means[pair[0]], means[pair[1]]) for pair in combinations(PHOTOGRAPHS, 2)}
+    assert agreement([1, 2, 3], [3, 2, 1]) == -1 and agreement([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(2 / 3)
+    alike = [tau for pair, tau in taus.items() if len(pair & set(WITH_NORM)) != 1]
+    unlike = [tau for pair, tau in taus.items() if len(pair & set(WITH_NORM)) == 1]
+    assert (len(alike), len(unlike)) == (4, 6) and min(alike) > max(unlike)
+
+
+def test_the_valleys_of_adamw_are_narrow_and_ps_sps_beats_most_rates():
+    for task in TASKS:
+        best = max(GUESS - at_best(task, c).mean() for c in ("adamw", "adamw-0.98"))
+        sps = losses(task)["ps-sps"][None].mean()
+        for c in ("adamw", "adamw-0.98"):
+            means = [values.mean() for values in losses(task)[c].values()]
+            assert sum(GUESS - m >= 0.9 * best for m in means) <= 2 and sum(sps < m for m in means) >= 7
