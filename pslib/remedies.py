@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
+from .estimators import over_scaling
+from .optimizers import require
+
 __all__ = ["NDAdam", "PathSGD", "path_scales", "weight_normalize"]
 
 LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

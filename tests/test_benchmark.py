@@ -328,6 +328,26 @@ def test_on_the_held_out_tasks_the_default_is_ahead_of_its_rival_because_of_one_
     assert abs(mean(measure, OURS, others) - mean(measure, RIVAL, others)) < 0.02
 
 
+@pytest.mark.parametrize("measure", benchmark.MEASURES)
+def test_ps_sps_is_the_steady_one(measure):
+    """Second without a learning rate, no failed run, and ahead of the best AdamW on every text."""
+    free = [row.contender for row in benchmark.summary(regrets(measure)) if row.contender not in WITH_A_RATE]
+    assert free[1] == "ps-sps" and not any(benchmark.failures(records(task))["ps-sps"] for task in SUITE)
+    texts = [task for task in SUITE if tasks.get(task).metric == "loss"]
+    assert len(texts) == 3 and all(regrets(measure)[task]["ps-sps"] < 0 for task in texts)
+
+
+def test_too_large_a_start_costs_more_than_too_small_a_one():
+    """The distance never falls: d0 of PS-DA-SGD on the digits' ViT."""
+    ended = {r.spec.settings["d0"]: [] for r in experiments.collect("knobs-digits-vit") if r.spec.optimizer == OURS}
+    for r in experiments.collect("knobs-digits-vit"):
+        if r.spec.optimizer == OURS:
+            ended[r.spec.settings["d0"]].append(benchmark.value(r, "train"))
+    default = np.mean([benchmark.value(r, "train") for r in records("digits-vit") if r.spec.contender == OURS])
+    factor = {round(math.log2(d0)): np.mean(losses) / default for d0, losses in ended.items()}
+    assert max(factor[-14], factor[-11]) < 3 < factor[-5] < factor[-2] and factor[-2] > 10
+
+
 def test_where_the_default_fails():
     failed = {task: benchmark.failures(records(task)) for task in SUITE}
     assert {task: n[OURS] for task, n in failed.items() if n[OURS]} == {"cifar10-resnet32-bn": 1, "cifar10-vgg19-bn": 3}
