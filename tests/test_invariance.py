@@ -235,12 +235,12 @@ EXPECTED = {
     "amsgrad": "= = × × × = × ≈", "nadam": "= = × × × = × ≈", "rmsprop": "= = × × × = × ≈", "adagrad": "= = × × × = × ≈",
     "adadelta": "× × × × × = × ≈", "rprop": "= = × × × = × ≈", "muon": "= × × × × × × ≈", "lion": "= = × × × = × ≈",
     "dadapt-adam": "= × × × × = × ≈", "dadapt-sgd": "= × × × × = ≈ ≈", "prodigy": "= × × × × = × ≈",
-    "dog": "= × × × × = ≈ ×", "momo-adam": "= = × × × = × ≈", "schedule-free": "= = × × × = × ≈",
+    "dog": "= × × × × = ≈ ×", "ldog": "= × × × × = ≈ ×", "momo-adam": "= = × × × = × ≈", "schedule-free": "= = × × × = × ≈",
     "sps": "= × = × × = ≈ ×", "ps-sps": "= × = × × = × ×", "psdasgd-model": "= × × × × = × ≈",
     "psdasgd-tensor": "= × = = × = × ×",
 }
 ZERO = {name: {"eps": 0.0} for name in (
-    "adam", "adamw", "amsgrad", "nadam", "rmsprop", "adagrad", "dog", "momo-adam", "schedule-free")}
+    "adam", "adamw", "amsgrad", "nadam", "rmsprop", "adagrad", "dog", "ldog", "momo-adam", "schedule-free")}
 SETTINGS = {**ZERO, "dadapt-adam": {"eps": 1e-300}, "prodigy": {"eps": 1e-300}, "muon": {"weight_decay": 0.0}}
 BOTH = [name for name in EXPECTED if CONTENDERS[name].package in ("torch", "pslib") and name != "muon"]  # Muon: bfloat16 inside
 
