@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import cache
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from bs4 import BeautifulSoup
 from matplotlib import pyplot as plt
 
 from pslib import benchmark, experiments, plotting, tasks
@@ -192,22 +192,11 @@ def test_every_kind_of_step_can_be_timed(name):
 
 # --- the figure with check boxes --------------------------------------------------------------------
 
-class Page(HTMLParser):
-    """Elements with their attributes, and which elements have children of their own kind."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found = defaultdict(list)
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found[tag].append(dict(attrs))
-
-    def values(self, tag, key):
-        return [element[key] for element in self.found[tag] if key in element]
-
-
 NAMES = ("adamw", "prodigy-0.98", "psdasgd-tensor")
+
+
+def soup(text):
+    return BeautifulSoup(text, "html.parser")
 
 
 def picture(alt="three <curves>", hidden=(), names=NAMES):
@@ -218,28 +207,28 @@ def picture(alt="three <curves>", hidden=(), names=NAMES):
 
 
 def test_every_series_has_a_check_box_a_name_and_its_line():
-    page, text = Page(picture()), picture()
-    assert [box["value"] for box in page.found["input"]] == list(NAMES)
-    assert all(box["type"] == "checkbox" and "checked" in box and "data-off" not in box for box in page.found["input"])
-    assert page.values("label", "title") == [f"{name}: <2.5> at the end" for name in NAMES]
-    assert Counter(page.values("g", "data-series")) == {name: 2 for name in NAMES}     # the line and its band
+    page, text = soup(picture()), picture()
+    assert [box["value"] for box in page("input")] == list(NAMES)
+    assert all(box["type"] == "checkbox" and box.has_attr("checked") and not box.has_attr("data-off") for box in page("input"))
+    assert [label["title"] for label in page("label")] == [f"{name}: <2.5> at the end" for name in NAMES]
+    assert Counter(g["data-series"] for g in page("g", attrs={"data-series": True})) == {name: 2 for name in NAMES}     # the line and its band
     for name in NAMES:
         assert plotting.style_of(name)["label"] in text and plotting.style_of(name)["color"] in text
 
 
 def test_only_the_hidden_series_are_switched_off_and_only_where_scripts_run():
     """Without scripts nobody could switch them on again: the picture shows them, the box says so, and the script does the rest."""
-    page, text = Page(picture(hidden=["adamw"])), picture(hidden=["adamw"])
-    assert ["data-off" in box for box in page.found["input"]] == [True, False, False]
-    assert all("checked" in box for box in page.found["input"]) and not any("style" in g for g in page.found["g"] if "data-series" in g)
+    page, text = soup(picture(hidden=["adamw"])), picture(hidden=["adamw"])
+    assert [box.has_attr("data-off") for box in page("input")] == [True, False, False]
+    assert all(box.has_attr("checked") for box in page("input")) and not any(g.has_attr("style") for g in page("g", attrs={"data-series": True}))
     assert re.search(r'"off" in input\.dataset\) \{ input\.checked = false; show\(\); \}', text[text.index("<script>") :])
 
 
 def test_the_picture_says_what_is_seen_and_is_closed():
-    page = Page(picture())
-    (svg,) = page.found["svg"]
+    page = soup(picture())
+    (svg,) = page("svg")
     assert svg["role"] == "img" and svg["aria-label"] == "three <curves>"
-    assert page.found["output"] and [d.get("aria-label") for d in page.found["div"]] == [None, "Which lines to show"]
+    assert page("output") and [d.get("aria-label") for d in page("div")] == [None, "Which lines to show"]
     assert not plt.get_fignums()
 
 
