@@ -20,6 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import distributed
+
+# The coordinates of a slice come in runs of this length: a line of a processor's cache.
+SLICE = 16
+
 __all__ = ["DAdaptation", "Entry", "Estimator", "Fixed", "Blocks", "Polyak"]
 
 
@@ -28,7 +33,8 @@ class Entry:
     """One parameter tensor x in one step; `grad` is None where there was no gradient this time.
 
     With a unit σ in its state, the estimator works on y = x/σ: `grad` and everything made from it belong to y.
-    `module` names the module that the parameter belongs to.
+    `module` names the module that the parameter belongs to; `owner` is the parameter itself where `param` is a shard or a
+    real view of it; `stride` tells which coordinates the distance is estimated from.
     """
 
     param: Tensor
@@ -37,6 +43,16 @@ class Entry:
     group: dict[str, Any]
     alpha_sq: Tensor
     module: str = ""
+    stride: int = 1
+    owner: Tensor | None = None
+
+    def total(self, number: Tensor) -> Tensor:
+        """A sum over this process's shard of the parameter as the sum over all of it."""
+        return number if self.owner is None else distributed.Sums([self.owner])(number.reshape(1, 1)).reshape(())
+
+    def part(self, values: Tensor) -> Tensor:
+        """The coordinates that the distance is estimated from: all, or the first 16 of every 16·stride, as a flat view."""
+        return part(values, self.stride)
 
     @property
     def second_moment(self) -> Tensor:
@@ -45,9 +61,28 @@ class Entry:
 
     @property
     def moved(self) -> Tensor:
-        """x₀ − x, in the unit of the parameter if it has one."""
-        difference = self.state["initial"] - self.param
-        return difference / self.state["unit"] if "unit" in self.state else difference
+        """x₀ − x on `part`, in the unit of the parameter if it has one."""
+        difference = self.state["initial"] - self.part(self.param)
+        unit = self.state.get("unit")
+        return difference if unit is None else difference / (self.part(unit) if unit.dim() else unit)
+
+
+def dense(x: Tensor) -> bool:
+    """Whether x fills its memory without gaps, in whatever order."""
+    return torch.ops.aten.is_non_overlapping_and_dense.default(x)
+
+
+def real(x: Tensor) -> Tensor:
+    """A complex tensor as the real one of its parts, on the same memory; any other as it is."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def part(values: Tensor, stride: int) -> Tensor:
+    """All coordinates for stride 1; else the first 16 of every 16·stride, in the order of memory, as a vector."""
+    if stride == 1:
+        return values
+    rows = values.as_strided((values.numel(),), (1,)) if dense(values) else values.flatten()
+    return rows[: len(rows) // SLICE * SLICE].view(-1, SLICE)[::stride].flatten()
 
 
 def over_scaling(numerator: Tensor, alpha_sq: Tensor) -> Tensor:
@@ -58,6 +93,10 @@ def over_scaling(numerator: Tensor, alpha_sq: Tensor) -> Tensor:
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """⟨x, y⟩ as a float64 scalar."""
     return (x * y).sum(dtype=torch.float64)
+
+
+def _number(entry: Entry, value: float) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=entry.param.device)
 
 
 def completed(units: Tensor, grad_rms: Tensor) -> Tensor:
@@ -73,7 +112,8 @@ def completed(units: Tensor, grad_rms: Tensor) -> Tensor:
     "Units restored" proves it); set `unit` for such parameters.
     """
     known = (units > 0) & (grad_rms > 0)
-    energy = torch.where(known, units * grad_rms, 0.0).sum() / known.sum() if bool(known.any()) else grad_rms
+    mean = torch.where(known, units * grad_rms, 0.0).sum() / known.sum()
+    energy = torch.where(known.any(), mean, grad_rms)
     return torch.where(units > 0, units, torch.where(grad_rms > 0, energy / grad_rms, 0.0))
 
 
@@ -90,20 +130,56 @@ class Blocks:
     """
 
     KINDS = ("model", "module", "tensor", "neuron", "coordinate")
+    # Whether every block is known to have started away from zero.
+    sized = False
 
     def __init__(self, entries: list[Entry], per: str):
         self.entries, self.per = entries, per
         self.device = entries[0].param.device
         modules = list(dict.fromkeys(e.module for e in entries))
         self.shared = {"model": [0] * len(entries), "module": [modules.index(e.module) for e in entries]}.get(per)
+        self.reduce = distributed.Sums([e.param if e.owner is None else e.owner for e in entries])
 
     def sum(self, term) -> Tensor:
         """Σ over each block of `term(entry)`, which is shaped like the parameter: a float64 vector, one number a block."""
-        return self.join([self._reduced(e, term(e)) for e in self.entries])
+        return self.join(self._whole([self._reduced(e, term(e)) for e in self.entries]))
 
     def grad_sum(self, term) -> Tensor:
         """Like `sum`, over the parameters that have a gradient in this step."""
         return self.sum(lambda e: torch.zeros_like(e.param) if e.grad is None else term(e))
+
+    def part_sum(self, term) -> Tensor:
+        """Σ of `term(entry)`, which is shaped like `entry.part`, as an estimate of the sum over all coordinates."""
+        return self.join(self._whole([self._reduced(e, term(e)) * e.stride for e in self.entries]))
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """a² = Σα² and G² = Σv̂/α², both estimated from `part`."""
+        a_sq = self.part_sum(lambda e: e.part(e.alpha_sq))
+        return a_sq, self.part_sum(lambda e: over_scaling(e.part(e.second_moment), e.part(e.alpha_sq)))
+
+    def gradient_squares(self) -> Tensor:
+        """Σg²."""
+        return self.grad_sum(lambda e: e.grad * e.grad)
+
+    def scaled_gradient_squares(self) -> Tensor:
+        """‖g/α‖² = Σg²/α²."""
+        return self.grad_sum(lambda e: e.grad * over_scaling(e.grad, e.alpha_sq))
+
+    def start_squares(self) -> Tensor:
+        """Σx₀², with a group's `unit` for each x₀ if it has one."""
+        if self.per not in ("neuron", "coordinate"):
+            return self.join([e.state["initial_sq"] for e in self.entries])
+        unit = [e.group.get("unit") for e in self.entries]
+        start = [e.state["initial"] if u is None else torch.full_like(e.param, u) for e, u in zip(self.entries, unit, strict=True)]
+        return self.join([self._reduced(e, x.square()) for e, x in zip(self.entries, start, strict=True)])
+
+    def multiplier(self) -> Tensor:
+        """The schedule's γ; the largest, where a block's groups differ."""
+        return self.largest(lambda e: float(e.group["lr"]))
+
+    def decay(self) -> Tensor:
+        """β₃ = √β₂."""
+        return self.largest(lambda e: math.sqrt(e.group["betas"][1]))
 
     def count(self) -> Tensor:
         """How many coordinates each block has."""
@@ -128,9 +204,9 @@ class Blocks:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
 
     def read(self, name: str, start: float) -> Tensor:
-        """The block numbers `name`, `start` for a block that has none yet."""
+        """The block numbers `name`, `start` for a block that has none yet (or nan)."""
         new = torch.full((), start, dtype=torch.float64, device=self.device)
-        values = [e.state.get(name) for e in self.entries]
+        values = [v if v is None else torch.where(v.isnan(), new, v) for v in (e.state.get(name) for e in self.entries)]
         if self.shared is None:
             return torch.cat([
                 new.expand(math.prod(self._shape(e))) if v is None else v.reshape(-1) for e, v in zip(self.entries, values, strict=True)
@@ -161,6 +237,12 @@ class Blocks:
             return values.double()
         rows = self._shape(e)
         return values.flatten(1).sum(1, dtype=torch.float64) if rows else values.sum(dtype=torch.float64)
+
+    def _whole(self, numbers: list[Tensor]) -> list[Tensor]:
+        """Sums over shards as sums over whole parameters; blocks finer than a tensor are not offered for shards."""
+        if self.per in ("neuron", "coordinate"):
+            return numbers
+        return list(self.reduce(torch.stack(numbers).unsqueeze(1)).squeeze(1))
 
     def _of_blocks(self, values: list) -> list[list]:
         return [[v for v, b in zip(values, self.shared, strict=True) if b == block] for block in range(max(self.shared) + 1)]
@@ -206,13 +288,12 @@ class Polyak(Estimator):
         self.c, self.f_star, self.d0, self.growth_rate = c, f_star, d0, growth_rate
 
     def start(self, entry):
-        entry.state["initial_sq"] = dot(entry.param, entry.param)
+        entry.state["initial_sq"] = entry.total(dot(entry.param, entry.param))
 
     def rate(self, blocks, loss):
-        a_sq = blocks.sum(lambda e: e.alpha_sq)
-        g_sq = blocks.grad_sum(lambda e: e.grad * over_scaling(e.grad, e.alpha_sq))
+        a_sq, mean_sq = blocks.squares()
+        g_sq = blocks.scaled_gradient_squares()
         gap = (loss.to(torch.float64) - self.f_star).clamp(min=0)
-        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq))
         length = (a_sq * mean_sq).sqrt()
         rho = torch.where(g_sq * a_sq > 0, gap / (self.c * g_sq * a_sq), 0.0)
         bound = blocks.read("polyak_bound", math.nan)
@@ -226,7 +307,7 @@ class Polyak(Estimator):
 
     def first_bound(self, blocks: Blocks, length: Tensor) -> Tensor:
         """The bound on ρ before the first step; 1 stands in for the scale of parameters that all start at zero."""
-        rms = (blocks.join([e.state["initial_sq"] for e in blocks.entries]) / blocks.count()).sqrt()
+        rms = (blocks.start_squares() / blocks.count()).sqrt()
         return torch.where(length > 0, self.d0 * torch.where(rms > 0, rms, 1.0) / length, math.inf)
 
 
@@ -251,51 +332,55 @@ class DAdaptation(Estimator):
         self.d0, self.growth_rate, self.relative = d0, growth_rate, relative
 
     def start(self, entry):
-        entry.state["initial"] = entry.param.detach().clone()
-        entry.state["weighted_grad_sum"] = torch.zeros_like(entry.state["exp_avg_sq"])
+        unit = entry.group.get("unit")
+        squares = dot(entry.param, entry.param) if unit is None else _number(entry, entry.param.numel() * unit**2)
+        entry.state["initial_sq"] = entry.total(squares)
+        entry.state["initial"] = entry.part(entry.param.detach()).clone()
+        entry.state["weighted_grad_sum"] = torch.zeros_like(entry.part(entry.state["exp_avg_sq"]))
 
     def first_distance(self, blocks: Blocks) -> Tensor:
         """δ before this step: as learned, or d0 in the block's own unit."""
         if not self.relative:
             return blocks.read("distance", self.d0)
-        distance = blocks.read("distance", 0.0)
-        if bool((distance > 0).all()):
-            return distance
+        distance, count = blocks.read("distance", 0.0), blocks.count()
+        unit = (blocks.start_squares() / count).sqrt()
+        if not blocks.sized:
+            unit = completed(unit, (blocks.gradient_squares() / count).sqrt())
+        return torch.where(distance > 0, distance, self.d0 * unit)
 
-        def start(e):
-            unit = e.group.get("unit")
-            return e.state["initial"] if unit is None else torch.full_like(e.state["initial"], unit)
-
-        count = blocks.count()
-        size = (blocks.sum(lambda e: start(e).square()) / count).sqrt()
-        grad_rms = (blocks.grad_sum(lambda e: e.grad * e.grad) / count).sqrt()
-        return torch.where(distance > 0, distance, self.d0 * completed(size, grad_rms))
+    def weigh(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(δ, a/G, w, a²) of this step, from what was known before it; a block without a gradient so far gets zeros."""
+        delta = self.first_distance(blocks)
+        first = blocks.read("first_distance", math.nan)
+        blocks.write("first_distance", torch.where(first > 0, first, delta))
+        a_sq, mean_sq = blocks.squares()
+        alive = mean_sq > 0
+        weight = torch.where(alive, blocks.multiplier() * delta / (a_sq * mean_sq).sqrt(), 0.0)
+        return delta, torch.where(alive, (a_sq / mean_sq).sqrt(), 0.0), weight, a_sq
 
     def rate(self, blocks, loss):
-        delta = self.first_distance(blocks)
-        a_sq = blocks.sum(lambda e: e.alpha_sq)
-        mean_sq = blocks.sum(lambda e: over_scaling(e.second_moment, e.alpha_sq))
-        alive = mean_sq > 0
-        gamma = blocks.largest(lambda e: float(e.group["lr"]))
-        weight = torch.where(alive, gamma * delta / (a_sq * mean_sq).sqrt(), 0.0)
-        outside = torch.where(alive, (a_sq / mean_sq).sqrt(), 0.0)
+        delta, outside, weight, a_sq = self.weigh(blocks)
         blocks.write("distance", self.learn(blocks, delta, weight, a_sq))
         return delta, outside
 
     def learn(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor) -> Tensor:
         """Add this step's gradient to N and s and return the next δ."""
-        beta3 = blocks.largest(lambda e: math.sqrt(e.group["betas"][1]))
-        progress = blocks.grad_sum(lambda e: e.grad * e.moved)
-        numerator = beta3 * blocks.read("distance_numerator", 0.0) + (1 - beta3) * weight * progress
-        blocks.write("distance_numerator", numerator)
+        progress = blocks.part_sum(lambda e: torch.zeros_like(e.state["initial"]) if e.grad is None else e.part(e.grad) * e.moved)
         for entry, w in zip(blocks.entries, blocks.spread(weight), strict=True):
             s, b3 = entry.state["weighted_grad_sum"], math.sqrt(entry.group["betas"][1])
             s.mul_(b3)
             if entry.grad is not None:
-                s.add_(entry.grad * w.to(s.dtype), alpha=1 - b3)
-        s_sq = blocks.sum(
-            lambda e: e.state["weighted_grad_sum"] * over_scaling(e.state["weighted_grad_sum"], e.alpha_sq)
+                s.add_(entry.part(entry.grad) * ((1 - b3) * w).to(s.dtype))
+        s_sq = blocks.part_sum(
+            lambda e: e.state["weighted_grad_sum"] * over_scaling(e.state["weighted_grad_sum"], e.part(e.alpha_sq))
         )
+        return self.estimate(blocks, delta, weight, a_sq, progress, s_sq)
+
+    def estimate(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor, progress: Tensor, s_sq: Tensor) -> Tensor:
+        """Take Σg(x₀ − x) into N and return the next δ, from ‖s/α‖²."""
+        beta3 = blocks.decay()
+        numerator = beta3 * blocks.read("distance_numerator", 0.0) + (1 - beta3) * weight * progress
+        blocks.write("distance_numerator", numerator)
         bound = torch.where(s_sq > 0, numerator / (s_sq * a_sq).sqrt(), 0.0)
         if self.growth_rate < math.inf:
             bound = torch.minimum(self.growth_rate * delta, bound)

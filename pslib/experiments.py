@@ -213,6 +213,13 @@ def _blocks(task: str, seeds: int) -> list[RunSpec]:
     ]
 
 
+def _memory(task: str, seeds: int) -> list[RunSpec]:
+    """PS-DA-SGD with x₀ and s on all coordinates and on a slice of them."""
+    sliced = ("psdasgd-slice", "psdasgd-tensor", {"slice_p": 11})
+    whole = next(ours for ours in OURS if ours[0] == "psdasgd-tensor")
+    return [RunSpec(task, *chosen, seed=seed) for seed in range(seeds) for chosen in (whole, sliced)]
+
+
 def _scales(task: str, seeds: int) -> list[RunSpec]:
     """Initial scales over six orders of magnitude; AdamW at the rates that do best at ×1."""
     chosen = [*OURS, PS_SPS, PRODIGY, *_adamw(BEST_ADAMW[task])]
@@ -247,6 +254,7 @@ EXPERIMENTS: dict[str, list[RunSpec]] = {
     **{f"scales-{task}": _scales(task, 3) for task in ("digits-mlp", "mnist1d-cnn", "mnist1d-resnet")},
     **{f"benchmark-{task}": _benchmark(task, 3) for task in BENCHMARK},
     **{f"knobs-{task}": _knobs(task, 3) for task in ("mnist1d-resnet", "digits-vit")},
+    **{f"memory-{task}": _memory(task, 3) for task in BENCHMARK if f"benchmark-{task}" not in NOT_YET_RUN},
 }
 
 @dataclass(frozen=True)

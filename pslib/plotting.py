@@ -33,6 +33,7 @@ _STYLES = {
     "weight-norm": ("sky", "-"), "nd-adam": ("green", "-"), "path-sgd": ("green", "--"), "psdasgd-module": ("blue", "-."),
     "psdasgd-neuron": ("orange", "-"), "psdasgd-coordinate": ("orange", ":"), "psdasgd-model-units": ("blue", "-"),
     "psdasgd-module-units": ("green", "-."), "psdasgd-model-neuron-units": ("purple", "-"), "psdasgd-tensor-neuron-units": ("vermilion", "--"),
+    "psdasgd-slice": ("sky", "-"),
 }
 
 
@@ -40,7 +41,7 @@ _CSS_LINE = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}
 
 _VARIANTS = {
     "adamw-0.98": "AdamW, β₂ = 0.98", "adamw-default": "AdamW, default", "prodigy-0.98": "Prodigy, β₂ = 0.98",
-    "dadapt-adam-0.98": "D-Adapt Adam, β₂ = 0.98",
+    "dadapt-adam-0.98": "D-Adapt Adam, β₂ = 0.98", "psdasgd-slice": "PS-DA-SGD, tensor, sliced",
 }
 
 

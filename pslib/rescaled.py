@@ -117,12 +117,12 @@ class _PlainSGD:
         self.k += 1
         beta1, beta2 = self.betas
         for p, v in zip(self.params, self.v, strict=True):
-            v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            v.mul_(beta2).add_(p.grad * p.grad * (1 - beta2))
         inside, outside = self.rate(loss.double(), self.sum(ones_sq))
         count = len(self.params)
         for p, m, i, o in zip(self.params, self.m, inside.expand(count), outside.expand(count), strict=True):
-            m.mul_(beta1).add_(p.grad * i.to(m.dtype), alpha=1 - beta1)
-            p.sub_((self.lr * o).to(m.dtype) * (m / (1 - beta1**self.k)))
+            m.mul_(beta1).add_(p.grad * ((1 - beta1) * i).to(m.dtype))
+            p.sub_(m * (self.lr * o / (1 - beta1**self.k)).to(m.dtype))
 
     def mean_sq(self) -> Tensor:
         """G², the running mean square of the gradient's norm."""
@@ -173,7 +173,7 @@ class DAdaptSGD(_PlainSGD):
         progress = self.sum(dot(p.grad, p0 - p) for p, p0 in zip(self.params, self.start, strict=True))
         self.numerator = beta3 * self.numerator + (1 - beta3) * weight * progress
         for s, p, w in zip(self.s, self.params, weight.expand(len(self.s)), strict=True):
-            s.mul_(beta3).add_(p.grad * w.to(s.dtype), alpha=1 - beta3)
+            s.mul_(beta3).add_(p.grad * ((1 - beta3) * w).to(s.dtype))
         s_sq = self.sum(dot(s, s) for s in self.s)
         self.distance = torch.maximum(delta, self.numerator / (s_sq * ones_sq).sqrt())
         return delta, (ones_sq / mean_sq).sqrt()
@@ -273,7 +273,7 @@ def _rescaled(task, seed, dtype, batches, scaling, make, beta2):
         alpha_sq = []
         for state, g in zip(states, network.original_gradient(), strict=True):
             state["step"] += 1
-            state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            state["exp_avg_sq"].mul_(beta2).add_(g * g * (1 - beta2))
             alpha_sq.append(scaling.update(state, g, beta2, 0.0))
         network.move(alpha_sq, opt.carried)  # before the step, because Adam's α contains this step's gradient
         opt.step(loss, [a.sum(dtype=torch.float64) for a in alpha_sq])

@@ -33,9 +33,9 @@ def assign(entries: list[Entry], kind: str) -> None:
     shapes = [_shape(e, entries) if kind == "neuron" else torch.ones((), dtype=torch.float64, device=e.param.device) for e in entries]
     given = [e.group.get("unit") for e in entries]
     sizes = [
-        _rms(_start(e) / shape) if unit is None else shape.new_tensor(unit) for e, shape, unit in zip(entries, shapes, given, strict=True)
+        _rms(e, _start(e) / shape) if unit is None else shape.new_tensor(unit) for e, shape, unit in zip(entries, shapes, given, strict=True)
     ]
-    grads = [s.new_zeros(()) if e.grad is None else _rms(e.grad * s) for e, s in zip(entries, shapes, strict=True)]
+    grads = [s.new_zeros(()) if e.grad is None else _rms(e, e.grad * s) for e, s in zip(entries, shapes, strict=True)]
     for e, shape, u in zip(entries, shapes, completed(torch.stack(sizes), torch.stack(grads)), strict=True):
         if "unit" not in e.state and u > 0:
             e.state["unit"] = (u * shape).to(e.param.dtype if e.grad is None else e.grad.dtype)
@@ -45,8 +45,9 @@ def _start(e: Entry) -> Tensor:
     return e.state.get("initial", e.param).detach().double()
 
 
-def _rms(x: Tensor) -> Tensor:
-    return x.double().square().mean().sqrt()
+def _rms(e: Entry, x: Tensor) -> Tensor:
+    squares = x.double().square().sum()
+    return (e.total(squares) / e.total(squares.new_tensor(float(x.numel())))).sqrt()
 
 
 def _shape(e: Entry, entries: list[Entry]) -> Tensor:

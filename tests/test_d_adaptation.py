@@ -271,9 +271,9 @@ def powers(k):
 
 @DTYPES
 @PER
-def test_row_5_the_scaling_times_any_positive_sequence(per, dtype, plain):
-    moved = run(per, dtype, scaling=scalings.Multiplied("adam", powers))
-    assert same(weights(moved), weights(plain(per, dtype))) and torch.equal(moved.losses, plain(per, dtype).losses)
+def test_row_5_the_scaling_times_any_positive_sequence(per, dtype):
+    moved, plain = run(per, dtype, scaling=scalings.Multiplied("adam", powers)), run(per, dtype, fused=False)
+    assert same(weights(moved), weights(plain)) and torch.equal(moved.losses, plain.losses)
 
 
 @PER
@@ -461,14 +461,12 @@ def test_groups_that_share_a_distance_share_beta_2():
     assert len(PSDASGD(groups, per="tensor").param_groups) == 2
 
 
-def test_sparse_and_complex_are_refused_with_a_sentence():
+def test_sparse_gradients_are_refused_with_a_sentence():
     table = nn.Embedding(4, 3, sparse=True)
     opt = PSDASGD(table.parameters())
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         opt.step()
-    with pytest.raises(ValueError, match="view_as_real"):
-        PSDASGD([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
 # --- robustness -------------------------------------------------------------------------------------
@@ -488,7 +486,7 @@ def same_state(xs, ys):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_whole(per, value):
     model, backward = small()
-    opt = PSDASGD(model.parameters(), per=per)
+    opt = PSDASGD(model.parameters(), per=per, fused=False)
     for k in range(5):
         backward(k)
         opt.step()
@@ -717,7 +715,7 @@ def test_half_precision_parameters_keep_float32_statistics(per, half):
         (p.float() - 2).abs().sum().backward()
         opt.step()
     assert p.dtype == half and (p.float() - 2).abs().mean() < 1
-    assert {opt.state[p][n].dtype for n in ("exp_avg", "exp_avg_sq", "alpha_sq", "weighted_grad_sum")} == {torch.float32}
+    assert {opt.state[p][n].dtype for n in ("exp_avg", "exp_avg_sq", "weighted_grad_sum")} == {torch.float32}
     saved = opt.state_dict()
     fresh = PSDASGD([p], per=per, d0=1e-3)
     fresh.load_state_dict(saved)

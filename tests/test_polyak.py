@@ -248,11 +248,12 @@ def test_loss_scale_uniform_units_and_factors_of_alpha_change_nothing(name, step
     problem = network(name, dtype)
     original = trajectory(PSSPS, problem, Transformation(), steps)
     assert moves(problem, original)
+    reference = trajectory(lambda p: PSSPS(p, fused=False), problem, Transformation(), steps)
     others = [trajectory(PSSPS, problem, t, steps) for t in (LossScale(2.0**-9), LossScale(2.0**6), UniformUnits(2.0**5), UniformUnits(2.0**-4))]
     factor = lambda k: 2.0 ** ((k * k) % 11 - 5)  # noqa: E731
-    others.append(trajectory(lambda p: PSSPS(p, scaling=scalings.Multiplied("adam", factor)), problem, Transformation(), steps))
-    for other in others:
-        assert all(torch.equal(p, q) for x, y in zip(original, other, strict=True) for p, q in zip(x, y, strict=True))
+    multiplied = trajectory(lambda p: PSSPS(p, scaling=scalings.Multiplied("adam", factor)), problem, Transformation(), steps)
+    for one, other in [*((original, o) for o in others), (reference, multiplied)]:
+        assert all(torch.equal(p, q) for x, y in zip(one, other, strict=True) for p, q in zip(x, y, strict=True))
 
 
 def test_other_changes_of_units_are_noticed():
@@ -331,7 +332,7 @@ def test_the_first_step_and_the_growth_are_bounded(scaling):
     problem = network("mnist1d-cnn")
     growth, d0 = 1.03, 2.0**-7
     params = [nn.Parameter(p.clone()) for p in problem.start]
-    opt = PSSPS(params, d0=d0, growth_rate=growth, scaling=scaling)
+    opt = PSSPS(params, d0=d0, growth_rate=growth, scaling=scaling, fused=False)
     everything = lambda: torch.cat([p.detach().flatten() for p in params])  # noqa: E731
     start, last, at_bound = everything(), None, 0
     for k, _ in enumerate(run(opt, params, problem, 150)):
@@ -367,7 +368,7 @@ def test_without_scaling_it_is_sps_with_its_authors_smoothed_bound():
 def test_without_the_bound_the_growth_is_exceeded():
     problem = network("digits-mlp")
     params = [nn.Parameter(p.clone()) for p in problem.start]
-    opt = PSSPS(params, growth_rate=INF)
+    opt = PSSPS(params, growth_rate=INF, fused=False)
     rhos = [rho(opt) for _ in run(opt, params, problem, 3)]
     assert rhos[1] > 1.03 * rhos[0]
 
@@ -383,7 +384,7 @@ def set_grads(params, *values):
 
 
 def test_one_zero_loss_does_not_pin_the_step():
-    params, opt = two_tensors()
+    params, opt = two_tensors(fused=False)
     for _ in range(5):
         set_grads(params, 0.5, -0.25)
         opt.step(loss=1.0)
@@ -459,7 +460,7 @@ def test_sparse_gradients_are_refused():
 @pytest.mark.parametrize("loss, grad", [(math.nan, 0.5), (INF, 0.5), (-INF, 0.5), (1.0, math.nan), (1.0, INF)])
 @pytest.mark.parametrize("warm", [0, 3])
 def test_a_step_that_is_not_finite_changes_nothing_and_warns_once(loss, grad, warm):
-    params, opt = two_tensors()
+    params, opt = two_tensors(fused=False)
     for _ in range(warm):
         set_grads(params, 0.5, -0.25)
         opt.step(loss=1.0)
@@ -634,7 +635,7 @@ def test_half_precision_parameters_keep_their_statistics_in_single():
 
 def test_a_gradient_whose_square_overflows_is_skipped_and_the_warning_points_here():
     x = nn.Parameter(torch.ones(3))
-    opt = PSSPS([x])
+    opt = PSSPS([x], fused=False)
     x.grad = torch.tensor([1e30, 1.0, 1.0])
     with pytest.warns(UserWarning, match="its square") as caught:
         opt.step(loss=1.0)
