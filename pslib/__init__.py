@@ -4,4 +4,4 @@ from . import estimators, scalings
 from .optimizers import PSDASGD, PSSPS, ScaledSGD
 
 __all__ = ["PSDASGD", "PSSPS", "ScaledSGD", "estimators", "scalings"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

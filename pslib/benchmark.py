@@ -38,7 +38,9 @@ def value(record: Record, measure: str) -> float:
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))}, not {measure!r}.")
     if measure == "test" and task.metric == "accuracy":
-        return min(1 - 1 / task.classes, max(LEAST_ERROR, 1 - (0 if record.diverged else record.final_metric)))
+        accuracy = 0 if record.diverged else record.final_metric
+        assert accuracy is not None
+        return min(1 - 1 / task.classes, max(LEAST_ERROR, 1 - accuracy))
     ended = record.final_loss if measure == "train" else record.final_metric
     return max(LEAST_LOSS, min(math.log(task.classes), math.inf if ended is None else ended))
 
@@ -86,8 +88,9 @@ def summary(regrets: Mapping[str, Mapping[str, float]]) -> list[Row]:
     rows = []
     for name in next(iter(regrets.values())):
         of = {task: regret[name] for task, regret in regrets.items()}
-        worst = max(of, key=of.get)
-        rows.append(Row(name, float(np.mean(list(of.values()))), of[worst], worst, float(np.mean([r <= math.log(1.05) for r in of.values()]))))
+        worst = max(of, key=of.__getitem__)
+        within = float(np.mean([r <= math.log(1.05) for r in of.values()]))
+        rows.append(Row(name, float(np.mean(list(of.values()))), of[worst], worst, within))
     return sorted(rows, key=lambda row: row.mean)
 
 

@@ -125,8 +125,9 @@ ALL = {**CONTENDERS, **REMEDIES, **BLOCKS}
 
 def prepare(name: str, model: nn.Module) -> None:
     """Do to the network what the contender `name` needs done before it is made; for most that is nothing."""
-    if _contender(name).reparametrize is not None:
-        _contender(name).reparametrize(model)
+    reparametrize = _contender(name).reparametrize
+    if reparametrize is not None:
+        reparametrize(model)
 
 
 def _contender(name: str) -> Contender:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +86,7 @@ def _cached(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     """The arrays of that name from the cache folder, made and written whole if they are not there."""
     path = cache_folder() / f"{name}.npz"
     if not path.exists():
-        made = make()
+        made: dict[str, Any] = make()
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as f:
             np.savez(f, **made)
         os.replace(f.name, path)
@@ -200,7 +201,7 @@ def _class_folders(members: Iterable[tuple[str, Callable]], what: Path) -> dict[
 def _read_tar(path: Path) -> dict[str, np.ndarray]:
     # One pass from front to back: a compressed archive cannot be searched.
     with _reading(path), tarfile.open(path) as archive:
-        members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]
+        members = [(m.name, file.read()) for m in archive if m.isfile() and (file := archive.extractfile(m)) is not None]
     return _class_folders([(name, lambda raw=raw: io.BytesIO(raw)) for name, raw in members], path)
 
 
@@ -300,15 +301,16 @@ class ImageFiles:
 @lru_cache
 def imagenet(size: int = 224) -> Data:
     """ImageNet-1K from torchvision's layout, imagenet/train|val/<class>/*.JPEG; `sha256` is of the list of files and their sizes."""
-    folder = _look(
-        "ImageNet-1K", "imagenet", how="unpack it there as imagenet/train/<class>/ and imagenet/val/<class>/ (see torchvision.datasets.ImageNet)."
-    )
+    how = "unpack it there as imagenet/train/<class>/ and imagenet/val/<class>/ (see torchvision.datasets.ImageNet)."
+    folder = _look("ImageNet-1K", "imagenet", how=how)
     with _reading(folder):
         labels = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
-    parts, digest = [], hashlib.sha256()
+    parts: list[Any] = []
+    digest = hashlib.sha256()
     for split in ("train", "val"):
         files = sorted(p for p in (folder / split).glob("*/*") if p.suffix.lower() in (".jpeg", ".jpg", ".png"))
         for p in files:
             digest.update(f"{p.relative_to(folder).as_posix()} {p.stat().st_size}\n".encode())
         parts += [ImageFiles(files, size), torch.tensor([labels.index(p.parent.name) for p in files])]
-    return Data(*parts, len(labels), digest.hexdigest())
+    x_train, y_train, x_test, y_test = parts
+    return Data(x_train, y_train, x_test, y_test, len(labels), digest.hexdigest())

@@ -14,6 +14,7 @@ Units, with [x] a parameter's and [f] the loss's: α² in [f]/[x] under an adapt
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,11 @@ class Entry:
     module: str = ""
     stride: int = 1
     owner: Tensor | None = None
+
+    @property
+    def whole(self) -> Tensor:
+        """The parameter as the optimizer was given it."""
+        return self.param if self.owner is None else self.owner
 
     def total(self, number: Tensor) -> Tensor:
         """A sum over this process's shard of the parameter as the sum over all of it."""
@@ -138,17 +144,17 @@ class Blocks:
         self.device = entries[0].param.device
         modules = list(dict.fromkeys(e.module for e in entries))
         self.shared = {"model": [0] * len(entries), "module": [modules.index(e.module) for e in entries]}.get(per)
-        self.reduce = distributed.Sums([e.param if e.owner is None else e.owner for e in entries])
+        self.reduce = distributed.Sums([e.whole for e in entries])
 
-    def sum(self, term) -> Tensor:
+    def sum(self, term: Callable[[Any], Tensor]) -> Tensor:
         """Σ over each block of `term(entry)`, which is shaped like the parameter: a float64 vector, one number a block."""
         return self.join(self._whole([self._reduced(e, term(e)) for e in self.entries]))
 
-    def grad_sum(self, term) -> Tensor:
+    def grad_sum(self, term: Callable[[Any], Tensor]) -> Tensor:
         """Like `sum`, over the parameters that have a gradient in this step."""
         return self.sum(lambda e: torch.zeros_like(e.param) if e.grad is None else term(e))
 
-    def part_sum(self, term) -> Tensor:
+    def part_sum(self, term: Callable[[Any], Tensor]) -> Tensor:
         """Σ of `term(entry)`, which is shaped like `entry.part`, as an estimate of the sum over all coordinates."""
         return self.join(self._whole([self._reduced(e, term(e)) * e.stride for e in self.entries]))
 
@@ -191,7 +197,7 @@ class Blocks:
             return torch.cat([n.reshape(-1) for n in numbers])
         return torch.stack([torch.stack(ns).sum(0) for ns in self._of_blocks(numbers)])
 
-    def largest(self, value) -> Tensor:
+    def largest(self, value: Callable[[Entry], float]) -> Tensor:
         """The largest `value(entry)`, a Python number, in each block."""
         values = [float(value(e)) for e in self.entries]
         if self.shared is None:
@@ -245,6 +251,7 @@ class Blocks:
         return list(self.reduce(torch.stack(numbers).unsqueeze(1)).squeeze(1))
 
     def _of_blocks(self, values: list) -> list[list]:
+        assert self.shared is not None
         return [[v for v, b in zip(values, self.shared, strict=True) if b == block] for block in range(max(self.shared) + 1)]
 
 
@@ -264,7 +271,7 @@ class Estimator:
 class Fixed(Estimator):
     """No estimate: inside = outside = 1, so that `lr` itself is the learning rate, as in torch's optimizers."""
 
-    def rate(self, blocks, loss):
+    def rate(self, blocks: Blocks, loss: Tensor | None) -> tuple[Tensor, Tensor]:
         one = blocks.largest(lambda e: 1.0)
         return one, one
 
@@ -287,10 +294,11 @@ class Polyak(Estimator):
     def __init__(self, c: float, f_star: float, d0: float, growth_rate: float):
         self.c, self.f_star, self.d0, self.growth_rate = c, f_star, d0, growth_rate
 
-    def start(self, entry):
+    def start(self, entry: Entry) -> None:
         entry.state["initial_sq"] = entry.total(dot(entry.param, entry.param))
 
-    def rate(self, blocks, loss):
+    def rate(self, blocks: Blocks, loss: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert loss is not None
         a_sq, mean_sq = blocks.squares()
         g_sq = blocks.scaled_gradient_squares()
         gap = (loss.to(torch.float64) - self.f_star).clamp(min=0)
@@ -331,7 +339,7 @@ class DAdaptation(Estimator):
     def __init__(self, d0: float, growth_rate: float, relative: bool):
         self.d0, self.growth_rate, self.relative = d0, growth_rate, relative
 
-    def start(self, entry):
+    def start(self, entry: Entry) -> None:
         unit = entry.group.get("unit")
         squares = dot(entry.param, entry.param) if unit is None else _number(entry, entry.param.numel() * unit**2)
         entry.state["initial_sq"] = entry.total(squares)
@@ -358,7 +366,7 @@ class DAdaptation(Estimator):
         weight = torch.where(alive, blocks.multiplier() * delta / (a_sq * mean_sq).sqrt(), 0.0)
         return delta, torch.where(alive, (a_sq / mean_sq).sqrt(), 0.0), weight, a_sq
 
-    def rate(self, blocks, loss):
+    def rate(self, blocks: Blocks, loss: Tensor | None) -> tuple[Tensor, Tensor]:
         delta, outside, weight, a_sq = self.weigh(blocks)
         blocks.write("distance", self.learn(blocks, delta, weight, a_sq))
         return delta, outside

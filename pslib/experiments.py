@@ -74,14 +74,18 @@ class RunSpec:
         return folder / preset / self.task / f"{self.slug}.json"
 
 
-def _contenders() -> list[tuple[str, str, dict]]:
+# Contender, optimizer and settings.
+Setting = tuple[str, str, dict]
+
+
+def _contenders() -> list[Setting]:
     """(contender, optimizer, settings): what every task is trained with."""
     grid = [
         (name, "adamw", {"lr": lr, "betas": [0.9, beta2], "weight_decay": 0.0})
         for name, beta2 in (("adamw", 0.999), ("adamw-0.98", 0.98))
         for lr in GRID
     ]
-    free = [
+    free: list[Setting] = [
         (name, name, {})
         for name in (
             "psdasgd-tensor", "psdasgd-model", "ps-sps", "sps", "prodigy", "dadapt-adam", "dadapt-sgd", "dog", "momo-adam", "schedule-free",
@@ -100,9 +104,9 @@ def _comparison(task: str, seeds: int) -> list[RunSpec]:
 
 
 ADAM = {"betas": [0.9, 0.999], "weight_decay": 0.0}
-OURS = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {})]
+OURS: list[Setting] = [("psdasgd-tensor", "psdasgd-tensor", {}), ("psdasgd-model", "psdasgd-model", {})]
 PRODIGY = ("prodigy-0.98", "prodigy", {"betas": [0.9, 0.98]})
-PS_SPS = ("ps-sps", "ps-sps", {})
+PS_SPS: Setting = ("ps-sps", "ps-sps", {})
 
 
 def _adamw(*rates: float) -> list[tuple[str, str, dict]]:
@@ -132,7 +136,7 @@ MOMENTUM_GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 def _benchmark(task: str, seeds: int) -> list[RunSpec]:
     """Every contender: those with a learning rate over nine or more of them, the others at their authors' defaults."""
-    tuned = [
+    tuned: list[Setting] = [
         *((name, "adamw", {"lr": lr, "betas": [0.9, beta2], "weight_decay": 0.0})
           for name, beta2 in (("adamw", 0.999), ("adamw-0.98", 0.98)) for lr in WIDE_GRID),
         *(("momentum", "momentum", {"lr": lr}) for lr in MOMENTUM_GRID),
@@ -215,9 +219,9 @@ def _blocks(task: str, seeds: int) -> list[RunSpec]:
 
 def _memory(task: str, seeds: int) -> list[RunSpec]:
     """PS-DA-SGD with x₀ and s on all coordinates and on a slice of them."""
-    sliced = ("psdasgd-slice", "psdasgd-tensor", {"slice_p": 11})
+    sliced: Setting = ("psdasgd-slice", "psdasgd-tensor", {"slice_p": 11})
     whole = next(ours for ours in OURS if ours[0] == "psdasgd-tensor")
-    return [RunSpec(task, *chosen, seed=seed) for seed in range(seeds) for chosen in (whole, sliced)]
+    return [RunSpec(task, name, optimizer, settings, seed=seed) for seed in range(seeds) for name, optimizer, settings in (whole, sliced)]
 
 
 def _scales(task: str, seeds: int) -> list[RunSpec]:
@@ -292,8 +296,8 @@ class Record:
 
 def _commit() -> str:
     try:
-        where = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, **where).stdout.strip()
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, check=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -378,6 +382,7 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
         original = _original_outputs(json.dumps(asdict(replace(spec, rescale=1.0))), preset)
         curve["twin_distance"] = [_finite(twin_distance(x, y)) for x, y in zip(history.outputs, original, strict=False)]
     rows = {name: [[_finite(v) for v in row] for row in getattr(history, name)] for name in ("distance", "effective_lr")}
+    assert history.model is not None
     parameters = list(history.model.parameters())
     made = Record(
         spec, preset, curve, _finite(history.final_loss), _finite(history.final_metric), history.diverged, round(history.seconds, 2),

@@ -3,80 +3,28 @@
 The first pass reads the gradient and v and returns, for each tensor, Σg², a² = Σα² and G² = Σv̂/α²; from these the estimator
 knows the step and the weight of this gradient, and whether everything is finite.  The second pass reads and writes the rest
 once and returns Σg(x₀ − x) and ‖s/α‖².  Everything between is arithmetic on vectors with one number a tensor, by the same
-formulas as in the reference loop (`pslib.estimators`).  Nothing is read back by the host.
+formulas as in the reference loop (`pslib.estimators`).  Nothing is read back by the host, so that a step can be captured in a
+CUDA graph (with `lr` a tensor, if a schedule is to drive it).
 
-The passes are C (`kernels.c`), compiled with the machine's C compiler at first use and kept in the user's cache.
+On the CPU the passes are C (`pslib.native`); without a C compiler, and on other devices, they are torch's operations.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import sysconfig
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import distributed, scalings
-from .estimators import SLICE, Blocks, DAdaptation, Estimator, Polyak, completed, dense, dot, part, real
+from . import distributed, native, scalings
+from .estimators import Blocks, DAdaptation, Estimator, Polyak, completed, dense, dot, over_scaling, part, real
 
 __all__ = ["Plan", "reason_against"]
 
-# Coordinates a thread takes at a time: 16·p of the largest stride divide it or it is rounded up to that.
-CHUNK = 2**15
-# Columns of the table of scalars that change with every step; all of them are named in kernels.c.
-R, U, NEW1, NEW3, H = 2, 4, 6, 8, 9
-TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
 
-
-def compiler() -> str | None:
-    """The path of the C compiler: that of the environment's CC, else cc, gcc or clang; None if there is none."""
-    named = os.environ.get("CC")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled passes, or None where they cannot be had (no C compiler, or one that fails)."""
-    source = Path(__file__).with_name("kernels.c")
-    cc = compiler()
-    if cc is None:
-        return None
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "") if cpuinfo.exists() else ""
-    key = hashlib.sha256("\n".join([source.read_text(), *FLAGS, cc, platform.machine(), processor]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pslib"
-    target = cache / f"kernels-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
-    try:
-        if not target.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                made = Path(folder) / target.name
-                subprocess.run([cc, *FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True)
-                os.replace(made, target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-@functools.cache
-def workers(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads for the passes; calls into C let go of the interpreter.  One pool for each process, because threads do not fork."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="pslib")
-
-
-def reason_against(optimizer) -> str | None:
+def reason_against(optimizer: Any) -> str | None:
     """Why this optimizer cannot use the fast path, in half a sentence; None if it can."""
     if type(optimizer.scaling) is not scalings.Adam or optimizer.scaling.refresh != 1:
         return "it needs scaling='adam', refreshed at every step"
@@ -87,49 +35,71 @@ def reason_against(optimizer) -> str | None:
     for group in optimizer.param_groups:
         if optimizer.units is not None and group["eps"] != 0:
             return "with units it needs eps=0"
-        for p in group["params"]:
-            x = distributed.local(p)
-            if x.device.type != "cpu":
-                return f"it runs on the CPU, not on {x.device.type}"
-            if (torch.view_as_real(x) if x.is_complex() else x).dtype not in TYPES:
-                return f"it needs float32, float64 or bfloat16 parameters, not {x.dtype}"
-            if not dense(x):
-                return "it needs parameters without gaps in memory"
-    return "it needs a C compiler (set CC, or install gcc or clang)" if library() is None else None
+    shards = [distributed.local(p) for group in optimizer.param_groups for p in group["params"]]
+    if len({x.device for x in shards}) > 1:
+        return "it needs all parameters on one device"
+    if not all(map(dense, shards)):
+        return "it needs parameters without gaps in memory"
+    return None
 
 
-@dataclass
-class Table:
-    """The tensors of one type.
+# Columns of the table of scalars, one row a tensor; the same order as in kernels.c.
+BETA2, NEW2, R, EPS, U, BETA1, NEW1, BETA3, NEW3, H, KEPT, SIGN = range(12)
 
-    Attributes:
-        type: the name of the passes for it.
-        at: which of the plan's tensors they are.
-        index: the same, to index with.
-        chunks: [chunks, 3], (tensor, first coordinate, count).
-        stride: of the slice, one a tensor.
-        buffers: [4, tensors] addresses of m, v, s and x₀; [2, tensors] without s and x₀.
-        coordinates: how many there are in all.
-        grads: the addresses of this step's gradients.
+
+class Passes:
+    """The two passes in torch's operations, tensor by tensor; `pslib.native.Passes` has them in C.
+
+    Args:
+        plan: its tensors, their state and the table of scalars.
     """
 
-    type: str
-    at: list[int]
-    index: Tensor | slice
-    chunks: Tensor
-    stride: Tensor
-    buffers: Tensor
-    coordinates: int
-    grads: Tensor | None = None
+    def __init__(self, plan: Plan):
+        self.plan = plan
 
+    def observe(self, grads: list[Tensor | None]) -> Tensor:
+        """[tensors, 4]: Σ(ug)², Σα², Σv̂/α² and Σ(ug)²/α²; of this process's shards and, but for the first, of the slice."""
+        return torch.stack([torch.stack(self._observe(i, g)) for i, g in enumerate(grads)])
 
-def addresses(tensors: list[Tensor | None]) -> Tensor:
-    """Where the tensors are in memory, 0 for none."""
-    return torch.tensor([0 if t is None else t.data_ptr() for t in tensors], dtype=torch.int64)
+    def _observe(self, i: int, g: Tensor | None) -> list[Tensor]:
+        v = self.plan.states[i]["exp_avg_sq"]
+        k, stride = self.plan.scalars[i].to(v.dtype), self.plan.strides[i]
+        square = torch.zeros_like(v) if g is None else (k[U] * g.to(v.dtype)).square()
+        v, sliced = part(v, stride), part(square, stride)
+        if g is not None:
+            v = k[BETA2] * v + k[NEW2] * sliced
+        alpha_sq = v.sqrt() * k[R] + k[EPS]
+        terms = (square, alpha_sq, over_scaling(v * (k[R] * k[R]), alpha_sq), over_scaling(sliced, alpha_sq))
+        return [t.sum(dtype=torch.float64) for t in terms]
 
+    def move(self, xs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
+        """[tensors, 2]: Σg(x₀ − x) and Σs²/α²; and the step is taken, unless it is skipped."""
+        return torch.stack([torch.stack(self._move(i, x, g)) for i, (x, g) in enumerate(zip(xs, grads, strict=True))])
 
-def _argument(value):
-    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else value
+    def _move(self, i: int, x: Tensor, g: Tensor | None) -> list[Tensor]:
+        state, stride, ok = self.plan.states[i], self.plan.strides[i], self.plan.ok
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        k = self.plan.scalars[i].to(v.dtype)
+        old, new_v = x.to(v.dtype), v
+        if g is not None:
+            g = g.to(v.dtype)
+            ug = k[U] * g
+            new_v = k[BETA2] * v + k[NEW2] * (ug * ug)
+        alpha_sq = new_v.sqrt() * k[R] + k[EPS]
+        sums = [alpha_sq.new_zeros((), dtype=torch.float64)] * 2
+        if self.plan.learns:
+            s = k[BETA3] * state["weighted_grad_sum"]
+            if g is not None:
+                s = s + k[NEW3] * part(ug, stride)
+                sums[0] = (k[SIGN] * part(g, stride) * (state["initial"].to(v.dtype) - part(old, stride))).sum(dtype=torch.float64)
+            sums[1] = (s * over_scaling(s, part(alpha_sq, stride))).sum(dtype=torch.float64)
+            state["weighted_grad_sum"].copy_(torch.where(ok, s, state["weighted_grad_sum"]))
+        if g is not None:
+            new_m = k[BETA1] * m + k[NEW1] * ug
+            new_x = (k[KEPT] * old - k[H] * over_scaling(new_m, alpha_sq)).to(x.dtype)
+            for tensor, new in ((m, new_m), (v, new_v), (x, new_x)):
+                tensor.copy_(torch.where(ok, new, tensor))
+        return sums
 
 
 class Vectors(Blocks):
@@ -143,11 +113,11 @@ class Vectors(Blocks):
         self.plan = plan
         self.device = plan.device
 
-    def join(self, numbers: Tensor) -> Tensor:
+    def join(self, numbers: Tensor) -> Tensor:  # type: ignore[override]
         members = self.plan.members
         return numbers if members is None else torch.where(self.plan.filled, numbers[members], 0.0).sum(1)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:  # type: ignore[override]
         return values if self.plan.block is None else values[self.plan.block]
 
     def read(self, name: str, start: float) -> Tensor:
@@ -162,7 +132,7 @@ class Vectors(Blocks):
         self.plan.write(name, self.spread(values))
 
     @property
-    def sized(self) -> bool:
+    def sized(self) -> bool:  # type: ignore[override]
         return self.plan.sized
 
     def count(self) -> Tensor:
@@ -198,11 +168,15 @@ class Plan:
         optimizer: its parameters, state and settings.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: Any):
         self.optimizer = optimizer
+        self.skips: int | Tensor = 0
+        self.written: dict[str, Tensor] = {}
         estimator: Estimator = optimizer.estimator
         self.learns = isinstance(estimator, DAdaptation)
-        self.tensors, self.waiting, rows = [], [], []
+        self.tensors: list[Tensor] = []
+        self.waiting: list[Tensor] = []
+        rows = []
         for number, group in enumerate(optimizer.param_groups):
             names = group.get("param_names") or [""] * len(group["params"])
             for p, name in zip(group["params"], names, strict=True):
@@ -225,9 +199,15 @@ class Plan:
         new = [i for i, s in enumerate(self.states) if "exp_avg" not in s]
         self._start(new, locals_)
         self._numbers(new, locals_)
-        self._tables(locals_)
-        self.hyper, self.settings = {}, None
-        self.everywhere = torch.ones(len(self.tensors), dtype=torch.float64)
+        self.single = self._vector([x.dtype != torch.float64 for x in locals_], torch.bool)
+        self.scale = self._vector(self.strides)[:, None]
+        self.sliced = max(self.strides) > 1
+        fits = self.device.type == "cpu" and native.library() is not None and all(x.dtype in native.TYPES for x in locals_)
+        self.passes = native.Passes(self, locals_) if fits else Passes(self)
+        self.hyper: dict[str, Tensor] = {}
+        self.settings: list | None = None
+        self.active: dict[tuple[bool, ...], Tensor] = {}
+        self.skips = torch.zeros((), dtype=torch.int64, device=self.device)
         self.sized = bool((self.blocks.start_squares() > 0).all())
 
     def current(self) -> bool:
@@ -238,6 +218,9 @@ class Plan:
             and all(p.grad is None for p in self.waiting)
             and all(state.get(p) is s and s["exp_avg"] is m for p, s, m in zip(self.tensors, self.states, self.momenta, strict=True))
         )
+
+    def _vector(self, values: Sequence, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
 
     def _layout(self, per: str, modules: list[str]) -> None:
         """Which block each tensor belongs to, and the members of each block in a table filled up with zeros."""
@@ -259,7 +242,7 @@ class Plan:
         """Make the buffers of tensors that have none yet."""
         for i in new:
             x, state = locals_[i], self.states[i]
-            statistics = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+            statistics = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
             state["exp_avg"] = torch.zeros_like(x, dtype=statistics)
             state["exp_avg_sq"] = torch.zeros_like(x, dtype=statistics)
             if self.learns:
@@ -276,15 +259,15 @@ class Plan:
 
     def _numbers(self, new: list[int], locals_: list[Tensor]) -> None:
         """Gather the state's small numbers into vectors, and let the state view them."""
-        self.sizes = torch.tensor([float(distributed.numel(p)) * (2 if p.is_complex() else 1) for p in self.tensors], dtype=torch.float64)
+        self.sizes = self._vector([distributed.numel(p) * (2 if p.is_complex() else 1) for p in self.tensors])
         units = [self.optimizer.param_groups[g].get("unit") for g in self.groups]
-        self.given = torch.tensor([math.nan if u is None else float(u) for u in units], dtype=torch.float64)
+        self.given = self._vector([math.nan if u is None else float(u) for u in units])
         own = ("distance_numerator", "first_distance") if self.learns else ("polyak_bound",)
         names = ("step", "rate", "distance", "initial_sq", *own, *(("unit",) if self.optimizer.units else ()))
         start = {"step": 0.0, "unit": 0.0}
-        self.numbers = torch.tensor([[float(s.get(n, start.get(n, math.nan))) for s in self.states] for n in names], dtype=torch.float64)
-        self.vectors = dict(zip(names, self.numbers, strict=True))
-        fresh = torch.zeros(len(self.tensors), 1, dtype=torch.float64)
+        self.numbers = self._vector([[float(s.get(n, start.get(n, math.nan))) for s in self.states] for n in names])
+        self.vectors: dict[str, Tensor] = dict(zip(names, self.numbers, strict=True))
+        fresh = torch.zeros(len(self.tensors), 1, dtype=torch.float64, device=self.device)
         for i in new:
             fresh[i] = dot(locals_[i], locals_[i])
         fresh = torch.where(self.given.isnan(), self.reduce(fresh)[:, 0], self.sizes * self.given**2)
@@ -293,29 +276,6 @@ class Plan:
         for i, s in enumerate(self.states):
             s.pop("alpha_sq", None)
             s.update({name: vector[i] for name, vector in self.vectors.items()})
-
-    def _tables(self, locals_: list[Tensor]) -> None:
-        """For each type: its tensors, the chunks, and the addresses of the buffers."""
-        self.tables = []
-        for dtype in dict.fromkeys(x.dtype for x in locals_):
-            at = [i for i, x in enumerate(locals_) if x.dtype == dtype]
-            chunks = []
-            for row, i in enumerate(at):
-                run = self.strides[i] * SLICE
-                size = -(-CHUNK // run) * run
-                chunks += [(row, a, min(size, locals_[i].numel() - a)) for a in range(0, locals_[i].numel(), size)]
-            buffers = [[s[n].data_ptr() for s in (self.states[i] for i in at)] for n in ("exp_avg", "exp_avg_sq")]
-            if self.learns:
-                buffers += [[self.states[i][n].data_ptr() for i in at] for n in ("weighted_grad_sum", "initial")]
-            self.tables.append(Table(
-                TYPES[dtype], at, torch.tensor(at) if len(at) < len(locals_) else slice(None), torch.tensor(chunks, dtype=torch.int64).reshape(-1, 3),
-                torch.tensor([self.strides[i] for i in at]), torch.tensor(buffers),
-                sum(locals_[i].numel() for i in at),
-            ))
-        self.order = torch.tensor([i for table in self.tables for i in table.at]).argsort()
-        self.single = torch.tensor([x.dtype != torch.float64 for x in locals_])
-        self.scale = torch.tensor(self.strides, dtype=torch.float64)[:, None]
-        self.sliced = max(self.strides) > 1
 
     def _settings(self) -> None:
         """The groups' settings as vectors and in the table of scalars; made again only when they change."""
@@ -329,8 +289,14 @@ class Plan:
             "beta2": [b[1] for _, _, b, *_ in now], "beta3": [math.sqrt(b[1]) for _, _, b, *_ in now], "eps": [e for *_, e, _ in now],
             "sign": [-1.0 if up else 1.0 for *_, up in now],
         }
-        index = torch.tensor(self.groups)
-        self.hyper = {name: torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values])[index] for name, values in columns.items()}
+        counts = [self.groups.count(number) for number in range(len(groups))]
+        for name, values in columns.items():
+            # Filled in on the device: copying numbers to it would make the host wait.
+            self.hyper[name] = torch.cat([
+                value.to(self.device, torch.float64).expand(count) if isinstance(value, Tensor)
+                else torch.full((count,), value, dtype=torch.float64, device=self.device)
+                for value, count in zip(values, counts, strict=True)
+            ])
         h = self.hyper
         h["new1"], h["new2"], h["new3"] = 1 - h["beta1"], 1 - h["beta2"], 1 - h["beta3"]
         self.scalars = torch.stack([
@@ -348,16 +314,17 @@ class Plan:
         self._settings()
         hyper, scalars, self.written = self.hyper, self.scalars, {}
         xs, grads = self._gradients()
-        active = self.everywhere
-        if any(g is None for g in grads):
-            active = torch.tensor([g is not None for g in grads], dtype=torch.float64)
+        pattern = tuple(g is not None for g in grads)
+        if pattern not in self.active:
+            self.active[pattern] = self._vector(pattern)
+        active = self.active[pattern]
         k = (self.vectors["step"] + active).clamp(min=1.0)
         scalars[:, R] = (1 - hyper["beta2"] ** k).rsqrt()
         if optimizer.units:
             unit = self.vectors["unit"]
             seen_in = torch.where(unit > 0, unit, 1.0)
             scalars[:, U] = hyper["sign"] * seen_in
-        self.seen = self.reduce(self._observe(grads))
+        self.seen = self.reduce(self.passes.observe(grads))
         finite = torch.isfinite(self.seen[:, 0]).all()
         self.ok = finite if loss is None else finite & torch.isfinite(loss)
         if self.sliced:
@@ -375,7 +342,8 @@ class Plan:
         scalars[:, NEW1] = hyper["new1"] * self.blocks.spread(inside)
         length = hyper["lr"] * self.blocks.spread(outside) / (1 - hyper["beta1"] ** k)
         scalars[:, H] = length * unit if optimizer.units else length
-        sums = self._move(xs, grads)
+        sums = self.passes.move(xs, grads)
+        torch.autograd.graph.increment_version([p for p, g in zip(self.tensors, grads, strict=True) if g is not None])
         if self.learns:
             sums = self.reduce(sums)
             if self.sliced:
@@ -384,7 +352,7 @@ class Plan:
             self.blocks.write("distance", estimator.estimate(self.blocks, inside, weight, a_sq, progress, s_sq))
         new = torch.stack([self.written.get(name, vector) for name, vector in self.vectors.items()])
         self.numbers.copy_(torch.where(self.ok, new, self.numbers))
-        optimizer.count_skip(self.ok)
+        self.skips += self.ok.logical_not()
 
     def _units(self, unit: Tensor, seen_in: Tensor) -> Tensor:
         """Give a unit to tensors that have none and a gradient now; what was seen of them is put into it (ε = 0)."""
@@ -408,46 +376,3 @@ class Plan:
                     g = torch.empty_like(x).copy_(g)
             grads.append(g)
         return xs, grads
-
-    def _run(self, table: Table, function: str, sums: int, *arguments) -> Tensor:
-        """Call one pass over the chunks of one type, on as many threads as torch uses; [tensors, sums]."""
-        native = library()
-        partial = torch.empty(len(table.chunks), sums, dtype=torch.float64)
-        following, total = torch.zeros(1, dtype=torch.int64), torch.zeros(len(table.at), sums, dtype=torch.float64)
-        chunks = ctypes.c_int64(len(table.chunks))
-        given = [chunks, *map(_argument, (following, table.chunks, table.stride, *arguments, partial))]
-        call = functools.partial(getattr(native, f"{function}_{table.type}"), *given)
-        threads = min(torch.get_num_threads(), len(table.chunks)) if table.coordinates > CHUNK else 1
-        if threads > 1:
-            pool = workers(threads - 1, os.getpid())
-            others = [pool.submit(call) for _ in range(threads - 1)]
-            call()
-            for other in others:
-                other.result()
-        else:
-            call()
-        native.add_up(chunks, ctypes.c_int64(sums), *map(_argument, (table.chunks, partial, total)))
-        return total
-
-    def _observe(self, grads: list[Tensor | None]) -> Tensor:
-        """[tensors, 4]: Σ(ug)², Σα², Σv̂/α² and, for Polyak's step, Σ(ug)²/α²; of this process's shards and of the slice."""
-        seen = []
-        for table in self.tables:
-            table.grads = addresses([grads[i] for i in table.at])
-            seen.append(self._run(table, "observe", 4, table.grads, table.buffers[1], self.scalars[table.index], int(not self.learns)))
-        return self._together(seen)
-
-    def _move(self, xs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
-        """[tensors, 2]: Σg(x₀ − x) and Σs²/α²; and the step is taken."""
-        sums = []
-        moved = [p for p, g in zip(self.tensors, grads, strict=True) if g is not None]
-        for table in self.tables:
-            buffers = [*table.buffers, *[None] * (4 - len(table.buffers))]
-            x = addresses([xs[i] for i in table.at])
-            sums.append(self._run(table, "move", 2, x, table.grads, *buffers, self.scalars[table.index], self.ok))
-        torch.autograd.graph.increment_version(moved)
-        return self._together(sums)
-
-    def _together(self, rows: list[Tensor]) -> Tensor:
-        """The rows of all tables in the order of the plan's tensors."""
-        return rows[0] if len(rows) == 1 else torch.cat(rows)[self.order]

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class LossScale(Transformation):
     def __init__(self, c: float = 2.0**-7):
         self.c = c
 
-    def loss_factor(self):
+    def loss_factor(self) -> float:
         return self.c
 
 
@@ -102,10 +103,10 @@ class _Factors(Transformation):
         generator = torch.Generator().manual_seed(self.seed)
         return [self.draw(p, generator) for p in params]
 
-    def forward(self, params):
+    def forward(self, params: Params) -> Params:
         return [p / u for p, u in zip(params, self.factors(params), strict=True)]
 
-    def back(self, params):
+    def back(self, params: Params) -> Params:
         return [p * u for p, u in zip(params, self.factors(params), strict=True)]
 
 
@@ -114,13 +115,13 @@ class DiagonalGradient(_Factors):
 
     name = "diagonal gradient"
 
-    def forward(self, params):
+    def forward(self, params: Params) -> Params:
         return [p.clone() for p in params]
 
-    def back(self, params):
+    def back(self, params: Params) -> Params:
         return params
 
-    def gradient(self, grads):
+    def gradient(self, grads: Params) -> Params:
         return [g * d for g, d in zip(grads, self.factors(grads), strict=True)]
 
 
@@ -132,7 +133,7 @@ class UniformUnits(_Factors):
     def __init__(self, u: float = 2.0**4):
         self.u = u
 
-    def factors(self, params):
+    def factors(self, params: Params) -> Params:
         return [torch.tensor(self.u, dtype=p.dtype, device=p.device) for p in params]
 
 
@@ -141,7 +142,7 @@ class TensorUnits(_Factors):
 
     name = "units per tensor"
 
-    def shape(self, p):
+    def shape(self, p: Tensor) -> tuple[int, ...]:
         return ()
 
 
@@ -156,7 +157,7 @@ class Sign(_Factors):
 
     name = "sign"
 
-    def draw(self, p, generator):
+    def draw(self, p: Tensor, generator: torch.Generator) -> Tensor:
         return (2 * torch.randint(0, 2, self.shape(p), generator=generator) - 1).to(p)
 
 
@@ -172,16 +173,16 @@ class Rotation(Transformation):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def _matrices(self, params):
+    def _matrices(self, params: Params) -> Params:
         generator = torch.Generator().manual_seed(self.seed)
         return [
             torch.linalg.qr(torch.randn(len(p), len(p), generator=generator, dtype=torch.float64)).Q.to(p) for p in params
         ]
 
-    def forward(self, params):
+    def forward(self, params: Params) -> Params:
         return [torch.tensordot(q.T, p, 1) for p, q in zip(params, self._matrices(params), strict=True)]
 
-    def back(self, params):
+    def back(self, params: Params) -> Params:
         return [torch.tensordot(q, p, 1) for p, q in zip(params, self._matrices(params), strict=True)]
 
 
@@ -193,14 +194,14 @@ class Translation(Transformation):
     def __init__(self, size: float = 1.0, seed: int = 0):
         self.size, self.seed = size, seed
 
-    def _shifts(self, params):
+    def _shifts(self, params: Params) -> Params:
         generator = torch.Generator().manual_seed(self.seed)
         return [self.size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in params]
 
-    def forward(self, params):
+    def forward(self, params: Params) -> Params:
         return [p - t for p, t in zip(params, self._shifts(params), strict=True)]
 
-    def back(self, params):
+    def back(self, params: Params) -> Params:
         return [p + t for p, t in zip(params, self._shifts(params), strict=True)]
 
 
@@ -258,18 +259,19 @@ def trajectory(
         return p + nudge * p.abs().max() * (2 * torch.rand(p.shape, generator=noise, dtype=torch.float64) - 1).to(p)
 
     start = transformation.forward(problem.start)
-    params = [torch.nn.Parameter(disturb(p) if nudge else p) for p in start]
-    opt = optimizer(params)
+    params: Params = [torch.nn.Parameter(disturb(p) if nudge else p) for p in start]
+    opt: Any = optimizer(params)
     if callable(getattr(opt, "train", None)):
         opt.train()
     path = []
     for k in range(steps):
 
-        def closure(k=k):
+        def closure(k: int = k) -> Tensor:
             opt.zero_grad()
             loss = transformation.loss_factor() * problem.loss(transformation.back(params), k)
             loss.backward()
-            shown = transformation.gradient([p.grad for p in params])
+            grads: list[Any] = [p.grad for p in params]
+            shown = transformation.gradient(grads)
             for p, g in zip(params, shown, strict=True):
                 p.grad = g
             return loss.detach()
@@ -287,7 +289,7 @@ def trajectory(
 
 def relative_gap(x: Params, y: Params) -> float:
     """‖x − y‖/‖x‖ over all tensors, in float64; inf where either is not finite."""
-    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(x, y, strict=True))
+    difference: Any = sum((a.double() - b.double()).square().sum() for a, b in zip(x, y, strict=True))
     gap = (difference / sum(a.double().square().sum() for a in x)).sqrt().item()
     return gap if math.isfinite(gap) else math.inf
 
@@ -404,7 +406,7 @@ def as_html(table: Atlas, caption: str) -> str:
     )
 
 
-def draw(table: Atlas, ax) -> None:
+def draw(table: Atlas, ax: Any) -> None:
     """Draw the verdicts as a grid of colours and symbols; under ≈ and × the order of magnitude of the difference.
 
     Args:
@@ -452,7 +454,7 @@ def network_problem(
     def loss(params: Params, step: int) -> Tensor:
         now = orders[step % len(orders)]
         h = x[now]
-        layers = [params[i : i + 2] if bias else [params[i], None] for i in range(0, len(params), 2 if bias else 1)]
+        layers: list[Any] = [params[i : i + 2] if bias else [params[i], None] for i in range(0, len(params), 2 if bias else 1)]
         for i, (weight, b) in enumerate(layers):
             h = F.linear(torch.tanh(h) if i else h, weight, b)
         return F.cross_entropy(h, y[now])

@@ -121,6 +121,7 @@ void NAME(observe)(
       if (has) memcpy(rest_g, g + i, (n - i) * sizeof(X)); \
       memcpy(rest_v, v + i, (n - i) * sizeof(T)); \
       LOOK(has, 1, ratio, plain, rest_g, rest_v); \
+      acc[1][0] -= (double)eps * (LANES - (n - i)); /* what was filled up has α² = ε */ \
     } else { \
       while (i < whole) { \
         LOOK(has, 1, ratio, plain, g + i, v + i); \

@@ -141,7 +141,7 @@ class VGG19(nn.Module):
             for _ in range(depth):
                 conv = nn.Conv2d(inputs, width * factor, 3, 1, 1, bias=not norm)
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                if not norm:
+                if conv.bias is not None:
                     nn.init.zeros_(conv.bias)
                 layers += [conv, *([nn.BatchNorm2d(width * factor)] if norm else []), nn.ReLU()]
                 inputs = width * factor

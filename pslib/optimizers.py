@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from . import distributed, fused, scalings, units
 from .estimators import SLICE, Blocks, DAdaptation, Entry, Estimator, Fixed, Polyak, dot, over_scaling, part, real
@@ -45,7 +46,7 @@ def require(ok: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
-def _number(value) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
@@ -72,10 +73,10 @@ class ParameterScaled(torch.optim.Optimizer):
     sums over blocks are reduced.
     """
 
-    offered = ("model", "module", "tensor")
+    offered: tuple[str, ...] = ("model", "module", "tensor")
 
     def __init__(
-        self, params, defaults: dict, *, scaling, estimator: Estimator, per: str, units: str | None = None,
+        self, params: ParamsT, defaults: dict, *, scaling: scalings.Scaling | str, estimator: Estimator, per: str, units: str | None = None,
         fused: bool | None = False, slice_p: int = 1,
     ):
         require(per in self.offered, f"per must be one of {', '.join(map(repr, self.offered))}, not {per!r}.")
@@ -116,9 +117,11 @@ class ParameterScaled(torch.optim.Optimizer):
             self.per != "module" or "param_names" in self.param_groups[-1],
             "per='module' needs names; pass model.named_parameters().",
         )
-        self._plan = None
+        self._forget_plan()
 
-    def step(self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None):
+    def step(  # type: ignore[override]  # torch's takes no loss
+        self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | float | None:
         """Take one step and return the loss, if there is one.
 
         Args:
@@ -129,7 +132,7 @@ class ParameterScaled(torch.optim.Optimizer):
 
     # Public step methods call this and not each other: torch wraps every class's step with its hooks once.
     @torch.no_grad()
-    def _step(self, closure: Callable[[], Tensor] | None, loss: Tensor | float | None = None):
+    def _step(self, closure: Callable[[], Tensor] | None, loss: Tensor | float | None = None) -> Tensor | float | None:
         if closure is not None:
             require(loss is None, "give step a closure or a loss, not both.")
             with torch.enable_grad():
@@ -158,23 +161,27 @@ class ParameterScaled(torch.optim.Optimizer):
         if self.fused is False:
             return None
         if self._plan is None or not self._plan.current():
-            self._plan = None
+            self._forget_plan()
             reason = fused.reason_against(self)
             require(reason is None or self.fused is None, f"fused=True is not possible: {reason}.")
             if reason is None:
                 self._plan = Plan(self)
         return self._plan
 
+    def _forget_plan(self) -> None:
+        self._skips, self._plan = self.skipped_steps, None
+
     def _reference(self, value: Tensor | None) -> None:
         entries = self._entries()
         if not entries:
             return
-        squares = torch.stack([entries[0].param.new_zeros((), dtype=torch.float64) if e.grad is None else dot(e.grad, e.grad) for e in entries])
-        finite = torch.isfinite(distributed.Sums([e.owner for e in entries])(squares[:, None])).all()
+        zero = entries[0].param.new_zeros((), dtype=torch.float64)
+        squares = torch.stack([zero if e.grad is None else dot(e.grad, e.grad) for e in entries])
+        finite = torch.isfinite(distributed.Sums([e.whole for e in entries])(squares[:, None])).all()
         if value is not None:
             finite = finite & torch.isfinite(value).to(finite.device)
-        self.count_skip(finite)
         if not bool(finite):
+            self._skips += 1
             self._report()
             return
         if self.units is not None:
@@ -208,14 +215,10 @@ class ParameterScaled(torch.optim.Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients; make the embedding with sparse=False.")
         return distributed.local(p.grad, p)
 
-    def count_skip(self, finite: Tensor) -> None:
-        """Count the step as skipped unless it was finite."""
-        self._skips = self._skips + finite.logical_not()
-
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because something was not finite; reading it waits for the device."""
-        return int(self._skips)
+        return self._skips + (0 if self._plan is None else int(self._plan.skips))
 
     def _report(self) -> None:
         """Warn, once for each reason, of what a user would want to know."""
@@ -283,6 +286,7 @@ class ParameterScaled(torch.optim.Optimizer):
 
     def _move(self, e: Entry, inside: Tensor, outside: Tensor) -> None:
         """Take the step."""
+        assert e.grad is not None
         beta1, gamma, m = e.group["betas"][0], e.group["lr"], e.state["exp_avg"]
         m.mul_(beta1).add_(e.grad * ((1 - beta1) * inside).to(m.dtype))
         length = gamma * outside / (1 - beta1 ** e.state["step"])
@@ -313,8 +317,8 @@ class ParameterScaled(torch.optim.Optimizer):
         """
         if self.per == "model":
             return ["model"]
-        names = [g.get("param_names") or [None] * len(g["params"]) for g in self.param_groups]
-        names = [n if n is not None else str(i) for i, n in enumerate(n for group in names for n in group)]
+        given = [g.get("param_names") or [None] * len(g["params"]) for g in self.param_groups]
+        names = [n if n is not None else str(i) for i, n in enumerate(n for group in given for n in group)]
         return list(dict.fromkeys(n.rpartition(".")[0] for n in names)) if self.per == "module" else names
 
     @property
@@ -333,8 +337,9 @@ class ParameterScaled(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         # torch calls this in load_state_dict too, with the state alone; a pickle of version 0.1 lacks what is newer than that.
         defaults = {"fused": False, "slice_p": 1, "_warned": set(), "_skips": state.pop("skipped_steps", 0)}
-        missing = {name: value for name, value in defaults.items() if not hasattr(self, name)}
-        super().__setstate__({**missing, **state, "_plan": None})
+        missing = {name: value for name, value in {**defaults, "_plan": None}.items() if not hasattr(self, name)}
+        super().__setstate__({**missing, **state})
+        self._forget_plan()
 
     def state_dict(self) -> dict:
         """The state as torch's optimizers give it; that of a sharded parameter is sharded like the parameter."""
@@ -360,7 +365,6 @@ class ParameterScaled(torch.optim.Optimizer):
             ValueError: if the state was made with another slice_p.
         """
         super().load_state_dict(state_dict)
-        self._plan = None
         params = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for p, n in zip(params, numbers, strict=True):
@@ -395,13 +399,13 @@ class ScaledSGD(ParameterScaled):
     """
 
     def __init__(
-        self, params, lr: float, *, betas=(0.9, 0.999), eps: float = 0.0, scaling="adam", weight_decay: float = 0.0,
-        maximize: bool = False,
+        self, params: ParamsT, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 0.0,
+        scaling: scalings.Scaling | str = "adam", weight_decay: float = 0.0, maximize: bool = False,
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         super().__init__(params, defaults, scaling=scaling, estimator=Fixed(), per="model")
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | float | None:  # type: ignore[override]
         """Take one step; `closure` re-evaluates the loss and returns it."""
         return self._step(closure)
 
@@ -433,9 +437,9 @@ class PSSPS(ParameterScaled):
     """
 
     def __init__(
-        self, params, lr: float = 1.0, *, betas=(0.9, 0.98), eps: float = 0.0, c: float = 0.2, f_star: float = 0.0,
-        d0: float = 2.0**-8, growth_rate: float = 2 ** (1 / 20), scaling="adam", weight_decay: float = 0.0,
-        fused: bool | None = None,
+        self, params: ParamsT, lr: float = 1.0, *, betas: tuple[float, float] = (0.9, 0.98), eps: float = 0.0, c: float = 0.2,
+        f_star: float = 0.0, d0: float = 2.0**-8, growth_rate: float = 2 ** (1 / 20), scaling: scalings.Scaling | str = "adam",
+        weight_decay: float = 0.0, fused: bool | None = None,
     ):
         require(_number(c) and 0 < c < math.inf, f"c must be a finite number > 0, not {c!r}.")
         require(_number(f_star) and abs(f_star) < math.inf, f"f_star must be a finite number, not {f_star!r}.")
@@ -481,7 +485,7 @@ class PSDASGD(ParameterScaled):
         weight_decay: decoupled; the fraction of the parameter removed per step, times γ.  No units.
         growth_rate: the distance grows at most by this factor a step (> 1).
         maximize: ascend instead.
-        fused: None: the fast path of `pslib.fused` where it applies (scaling="adam" on the CPU, with a C compiler), else the
+        fused: None: the fast path of `pslib.fused` where it applies (scaling="adam", all parameters on one device), else the
             reference loop; True: the fast path or an error; False: the reference loop.
         slice_p: x₀ and s are kept, and the distance estimated, on one in `slice_p` runs of 16 coordinates of each tensor
             (never on fewer than 256 of them); 11 leaves 8.7 bytes of state a float32 parameter instead of 16.
@@ -495,9 +499,10 @@ class PSDASGD(ParameterScaled):
     """
 
     def __init__(
-        self, params, lr: float = 1.0, *, betas=(0.9, 0.98), eps: float = 0.0, d0: float | None = None,
-        per: str = "tensor", units: str | None = None, unit: float | None = None, scaling="adam", weight_decay: float = 0.0,
-        growth_rate: float = math.inf, maximize: bool = False, fused: bool | None = None, slice_p: int = 1,
+        self, params: ParamsT, lr: float = 1.0, *, betas: tuple[float, float] = (0.9, 0.98), eps: float = 0.0,
+        d0: float | None = None, per: str = "tensor", units: str | None = None, unit: float | None = None,
+        scaling: scalings.Scaling | str = "adam", weight_decay: float = 0.0, growth_rate: float = math.inf,
+        maximize: bool = False, fused: bool | None = None, slice_p: int = 1,
     ):
         absolute = per == "model" and units is None
         if d0 is None:
@@ -508,7 +513,7 @@ class PSDASGD(ParameterScaled):
         estimator = DAdaptation(d0, growth_rate, relative=not absolute and units is None)
         super().__init__(params, defaults, scaling=scaling, estimator=estimator, per=per, units=units, fused=fused, slice_p=slice_p)
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | float | None:  # type: ignore[override]
         """Take one step; `closure` re-evaluates the loss and returns it."""
         return self._step(closure)
 

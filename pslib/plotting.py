@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.rcsetup import cycler
 from PIL import Image
 
 from .contenders import ALL
@@ -51,7 +52,7 @@ def use_style() -> None:
         "figure.figsize": (7, 4), "figure.dpi": 96, "savefig.dpi": 96, "figure.facecolor": "white",
         "axes.facecolor": "white", "savefig.facecolor": "white", "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-        "axes.prop_cycle": mpl.cycler(color=[COLOURS[c] for c in ("blue", "vermilion", "green", "orange", "purple", "sky", "black")]),
+        "axes.prop_cycle": cycler(color=[COLOURS[c] for c in ("blue", "vermilion", "green", "orange", "purple", "sky", "black")]),
         "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8,
     })
 

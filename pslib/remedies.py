@@ -115,12 +115,14 @@ class NDAdam(torch.optim.Optimizer):
             state["radius"] = radius
         rho = state["radius"]
         direction = w / rho
+        assert p.grad is not None
         u = rho * p.grad.flatten(1)
         u = u - (u * direction).sum(1, keepdim=True) * direction
         direction = direction - group["lr"] * self._normalized(u, u.square().sum(1, keepdim=True), state, group)
         p.copy_((rho * direction / direction.norm(dim=1, keepdim=True)).view_as(p))
 
     def _adam(self, p: Tensor, state: dict, group: dict) -> None:
+        assert p.grad is not None
         p.sub_(group["rest"] * group["lr"] * self._normalized(p.grad, p.grad.square(), state, group))
 
     def _normalized(self, gradient: Tensor, square: Tensor, state: dict, group: dict) -> Tensor:

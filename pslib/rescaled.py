@@ -15,7 +15,9 @@ in the scaled space is written in the new scale::
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +67,10 @@ class RescaledNetwork:
     @torch.no_grad()
     def original_gradient(self) -> list[Tensor]:
         """g = α∘g', the gradient with respect to x, from the one with respect to x'."""
-        return [alpha * p.grad for p, alpha in zip(self.scaled, self.alpha, strict=True)]
+        return [alpha * _gradient(p) for p, alpha in zip(self.scaled, self.alpha, strict=True)]
 
     @torch.no_grad()
-    def move(self, alpha_sq: list[Tensor], carried: list[tuple[list[Tensor], int]] = ()) -> None:
+    def move(self, alpha_sq: list[Tensor], carried: Sequence[tuple[Sequence[Tensor], int]] = ()) -> None:
         """Change α and write x', g' and whatever else lives in the scaled space in the new scale.
 
         Args:
@@ -77,12 +79,17 @@ class RescaledNetwork:
             carried: pairs (tensors, power): power +1 for vectors, −1 for covectors, −2 for squared covectors.
         """
         new = [torch.where(a > 0, a.sqrt(), old) for a, old in zip(alpha_sq, self.alpha, strict=True)]
-        grads = [p.grad for p in self.scaled]
-        for tensors, power in [(self.scaled, 1), (grads, -1), *carried]:
+        own: list[tuple[Sequence[Tensor], int]] = [(self.scaled, 1), ([_gradient(p) for p in self.scaled], -1)]
+        for tensors, power in [*own, *carried]:
             for t, to, old in zip(tensors, new, self.alpha, strict=True):
                 for _ in range(abs(power)):
                     t.mul_(to / old if power > 0 else old / to)
         self.alpha = new
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 def _blocks(terms: list[Tensor], per: str) -> Tensor:
@@ -117,12 +124,16 @@ class _PlainSGD:
         self.k += 1
         beta1, beta2 = self.betas
         for p, v in zip(self.params, self.v, strict=True):
-            v.mul_(beta2).add_(p.grad * p.grad * (1 - beta2))
+            v.mul_(beta2).add_(_gradient(p) * _gradient(p) * (1 - beta2))
         inside, outside = self.rate(loss.double(), self.sum(ones_sq))
         count = len(self.params)
         for p, m, i, o in zip(self.params, self.m, inside.expand(count), outside.expand(count), strict=True):
-            m.mul_(beta1).add_(p.grad * ((1 - beta1) * i).to(m.dtype))
+            m.mul_(beta1).add_(_gradient(p) * ((1 - beta1) * i).to(m.dtype))
             p.sub_(m * (self.lr * o / (1 - beta1**self.k)).to(m.dtype))
+
+    def rate(self, loss: Tensor, ones_sq: Tensor) -> tuple[Tensor, Tensor]:
+        """(inside, outside), one number a block each."""
+        raise NotImplementedError
 
     def mean_sq(self) -> Tensor:
         """G², the running mean square of the gradient's norm."""
@@ -144,7 +155,7 @@ class PolyakSGD(_PlainSGD):
         self.rms = (self.sum(dot(p, p) for p in self.start) / entries).sqrt()
 
     def rate(self, loss, ones_sq):
-        norm_sq = self.sum(dot(p.grad, p.grad) for p in self.params)
+        norm_sq = self.sum(dot(_gradient(p), _gradient(p)) for p in self.params)
         rho = (loss - self.f_star).clamp(min=0) / (self.c * norm_sq * ones_sq)
         if self.bound is None:
             self.bound = self.d0 * self.rms / (ones_sq * self.mean_sq()).sqrt()
@@ -170,10 +181,10 @@ class DAdaptSGD(_PlainSGD):
     def rate(self, loss, ones_sq):
         beta3, delta, mean_sq = math.sqrt(self.betas[1]), self.distance, self.mean_sq()
         weight = self.lr * delta / (ones_sq * mean_sq).sqrt()
-        progress = self.sum(dot(p.grad, p0 - p) for p, p0 in zip(self.params, self.start, strict=True))
+        progress = self.sum(dot(_gradient(p), p0 - p) for p, p0 in zip(self.params, self.start, strict=True))
         self.numerator = beta3 * self.numerator + (1 - beta3) * weight * progress
         for s, p, w in zip(self.s, self.params, weight.expand(len(self.s)), strict=True):
-            s.mul_(beta3).add_(p.grad * ((1 - beta3) * w).to(s.dtype))
+            s.mul_(beta3).add_(_gradient(p) * ((1 - beta3) * w).to(s.dtype))
         s_sq = self.sum(dot(s, s) for s in self.s)
         self.distance = torch.maximum(delta, self.numerator / (s_sq * ones_sq).sqrt())
         return delta, (ones_sq / mean_sq).sqrt()
@@ -200,7 +211,7 @@ class _MomentumSGD:
 
 
 # the adaptive optimizer, the plain one, and the settings that both are given
-METHODS = {
+METHODS: dict[str, tuple[Any, Any, dict]] = {
     "fixed": (ScaledSGD, _MomentumSGD, {}),
     "polyak": (PSSPS, PolyakSGD, {"c": 0.2, "d0": 2.0**-8, "growth_rate": 2 ** (1 / 20)}),
     "d-adaptation": (PSDASGD, DAdaptSGD, {"d0": 2.0**-8, "per": "tensor"}),
@@ -267,7 +278,7 @@ def _rescaled(task, seed, dtype, batches, scaling, make, beta2):
     """Train x' = α∘x with a plain optimizer; yield (x'/α, optimizer) after every step."""
     network = RescaledNetwork(_fresh(task, seed, dtype), task.loss)
     opt = make(network.scaled)
-    states = [{"step": 0, "exp_avg_sq": torch.zeros_like(p.detach())} for p in network.scaled]
+    states: list[dict[str, Any]] = [{"step": 0, "exp_avg_sq": torch.zeros_like(p.detach())} for p in network.scaled]
     for inputs, targets in batches:
         loss = network.backward(inputs, targets)
         alpha_sq = []

@@ -12,6 +12,7 @@ Source: Suh & Seo, arXiv 2401.03240, section 3, for the identity; the papers nam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,42 +70,42 @@ class Scaling:
 class NoScaling(Scaling):
     """α ≡ 1: the unscaled space (gradient descent, plain SPS, plain D-Adaptation).  ε is not used."""
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         return torch.ones_like(state["exp_avg_sq"])
 
 
 class RMSprop(Scaling):
     """α² = √v + ε without bias correction (Tieleman & Hinton, 2012)."""
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         return state["exp_avg_sq"].sqrt() + eps
 
 
 class Adam(Scaling):
     """α² = √v̂ + ε with v̂ = v/(1 − β₂ᵏ) (Kingma & Ba, 2015, algorithm 1)."""
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         return state["exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"]) + eps
 
 
 class AMSGrad(Scaling):
     """α² = √(max over time of v)/√(1 − β₂ᵏ) + ε (Reddi et al., 2018, with the bias correction torch uses)."""
 
-    def observe(self, state, grad):
+    def observe(self, state: dict[str, Any], grad: Tensor) -> None:
         v = state["exp_avg_sq"]
         state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], v) if "max_exp_avg_sq" in state else v.clone()
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         return state["max_exp_avg_sq"].sqrt() / math.sqrt(1 - beta2 ** state["step"]) + eps
 
 
 class Adagrad(Scaling):
     """α² = √(Σ g²) + ε, the sum over all steps so far (Duchi et al., 2011, the diagonal form)."""
 
-    def observe(self, state, grad):
+    def observe(self, state: dict[str, Any], grad: Tensor) -> None:
         state["sum_sq"] = state["sum_sq"] + grad * grad if "sum_sq" in state else grad * grad
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         return state["sum_sq"].sqrt() + eps
 
 
@@ -118,10 +119,10 @@ class PowerOfTwo(Scaling):
         self.inner = get(inner)
         super().__init__(self.inner.refresh)
 
-    def observe(self, state, grad):
+    def observe(self, state: dict[str, Any], grad: Tensor) -> None:
         self.inner.observe(state, grad)
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         alpha_sq = self.inner.compute(state, beta2, eps)
         exponent = torch.round(torch.log2(alpha_sq) / 2) * 2
         return torch.where(alpha_sq > 0, torch.exp2(exponent), torch.zeros_like(alpha_sq))
@@ -130,14 +131,14 @@ class PowerOfTwo(Scaling):
 class Multiplied(Scaling):
     """Another scaling with α² multiplied, at step k, by `factor(k)` > 0: the update must not notice."""
 
-    def __init__(self, inner: Scaling | str, factor):
+    def __init__(self, inner: Scaling | str, factor: Callable[[int], float]):
         self.inner, self.factor = get(inner), factor
         super().__init__(self.inner.refresh)
 
-    def observe(self, state, grad):
+    def observe(self, state: dict[str, Any], grad: Tensor) -> None:
         self.inner.observe(state, grad)
 
-    def compute(self, state, beta2, eps):
+    def compute(self, state: dict[str, Any], beta2: float, eps: float) -> Tensor:
         return self.inner.compute(state, beta2, eps) * self.factor(state["step"])
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def _mode(optimizer, name: str) -> None:
         getattr(optimizer, name)()
 
 
-def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def step(optimizer: Any, loss: Tensor) -> None:
     """One step of any optimizer; those that ask for the loss get it."""
     if "loss" in inspect.signature(type(optimizer).step).parameters:
         optimizer.step(loss=loss)
@@ -168,7 +169,7 @@ class _Gradients:
 
     def __init__(self, task: Task, model: nn.Module, x, y: Tensor, fast: bool):
         self.task, self.model, self.x, self.y, self.fast = task, model, x, y, fast
-        self.graph = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def _forward_backward(self, batch: Tensor) -> Tensor:
         x = self.x[batch[:, 0]]
@@ -188,6 +189,7 @@ class _Gradients:
             return self._forward_backward(batch)
         if self.graph is None:
             self._capture(batch)
+        assert self.graph is not None
         self.batch.copy_(batch)
         self.graph.replay()
         return self.loss.clone()
@@ -333,7 +335,7 @@ def train(
     model.to(device, dtype)
     fast = task.accelerate and y_train.is_cuda
     if fast and x_train.ndim == 4:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
     if prepare is not None:
         prepare(model)
     opt = optimizer(model.named_parameters())

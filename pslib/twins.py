@@ -18,9 +18,11 @@ import copy
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from operator import attrgetter
+from typing import Any
 
 import torch
 from sympy import QQ
@@ -34,6 +36,9 @@ TITLES = {
     "query-key": "query and key", "leaky-relu": "leaky ReLU", "relu": "ReLU", "power": "power", "max-pool": "max pooling",
     "product": "product", "linear": "linear layers",
 }
+
+# The output of a node, or a parameter by its name.
+Variable = fx.Node | str
 
 
 def _factor_text(power: int) -> str:
@@ -100,8 +105,12 @@ class _Equations:
         except Exception as error:
             raise ValueError(f"the network cannot be traced ({error}); write it without branches on values.") from error
         self.model, self.names = model, {id(p): name for name, p in model.named_parameters()}
-        self.relations, self.pins, self.norms, self.numbers = [], [], [], set()
-        self.marks, self.roles = defaultdict(set), defaultdict(list)
+        self.relations: list[dict[Variable, Any]] = []
+        self.pins: list[tuple[Variable, fx.Node, str]] = []
+        self.norms: list[tuple[Any, Any, Variable]] = []
+        self.numbers: set[fx.Node] = set()
+        self.marks: dict[Variable | None, set[str]] = defaultdict(set)
+        self.roles: dict[Variable | None, list[tuple]] = defaultdict(list)
         for node in self.nodes:
             self.add(node)
         used = {v for row in self.relations for v in row} | {v for v, *_ in self.pins}
@@ -129,7 +138,7 @@ class _Equations:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls, if it calls one."""
-        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+        return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def name(self, node: fx.Node) -> str:
         """What the node does, as in `TABLE`: nn.Conv1d and F.conv1d are "conv", nn.ReLU and F.relu "relu", x.shape ".shape"."""
@@ -146,21 +155,21 @@ class _Equations:
         """The node, for an error message."""
         return f"{self.title(node)} ('{node.target}')" if node.op == "call_module" else self.title(node)
 
-    def variable(self, value) -> fx.Node | str | None:
+    def variable(self, value: object) -> Variable | None:
         """The variable of an argument or a parameter; None for what has no unit: numbers and shapes."""
         if isinstance(value, nn.Parameter):
             return self.names[id(value)]
         if not isinstance(value, fx.Node) or value in self.numbers:
             return None
-        return self.names.get(id(attrgetter(value.target)(self.model)), value) if value.op == "get_attr" else value
+        return self.names.get(id(attrgetter(str(value.target))(self.model)), value) if value.op == "get_attr" else value
 
     def operands(self, node: fx.Node) -> list[fx.Node | str]:
         """The variables of all arguments, in order, repeated where the argument is."""
-        found = []
+        found: list[fx.Node] = []
         fx.node.map_arg((node.args, node.kwargs), found.append)
         return [v for v in map(self.variable, found) if v is not None]
 
-    def argument(self, node: fx.Node, position: int, name: str):
+    def argument(self, node: fx.Node, position: int, name: str) -> Any:
         """A function's argument, or the module's attribute of that name; None if it is not given."""
         if position and node.op == "call_module":
             return getattr(self.module(node), name, None)
@@ -172,7 +181,7 @@ class _Equations:
 
     def relate(self, *terms: tuple[int | Fraction, fx.Node | str | None]) -> None:
         """Σ coefficient·variable = 0."""
-        row = defaultdict(Fraction)
+        row: dict[Variable, Fraction] = defaultdict(Fraction)
         for coefficient, variable in terms:
             if variable is not None:
                 row[variable] += coefficient
@@ -183,21 +192,21 @@ class _Equations:
         if variable is not None:
             self.pins.append((variable, node, reason))
 
-    def solutions(self, pins: int | None = None) -> list[dict]:
+    def solutions(self, pins: list[int] | None = None) -> list[dict]:
         """A basis of the exponents, as {variable: integer ≠ 0}; the earliest activation last and positive.
 
         `pins`: positions of the pins that hold (all of them by default).
         """
-        rows = self.relations + [{self.pins[i][0]: 1} for i in (range(len(self.pins)) if pins is None else pins)]
+        equations = self.relations + [{self.pins[i][0]: 1} for i in (range(len(self.pins)) if pins is None else pins)]
         index = {v: i for i, v in enumerate(self.columns)}
-        rows = [{index[v]: QQ(*Fraction(k).as_integer_ratio()) for v, k in row.items() if k} for row in rows]
+        rows = [{index[v]: QQ(*Fraction(k).as_integer_ratio()) for v, k in row.items() if k} for row in equations]
         entries = {i: row for i, row in enumerate(rows) if row}
         basis = []
         for vector in DomainMatrix(entries, (len(rows), len(index)), QQ).nullspace().to_list() if index else []:
             found = {v: Fraction(int(k.numerator), int(k.denominator)) for v, k in zip(self.columns, vector, strict=True) if k}
             last = found[list(found)[-1]]
-            common = math.lcm(*(k.denominator for k in found.values()))
-            common = Fraction(common, math.gcd(*(int(k * common) for k in found.values()))) * (1 if last > 0 else -1)
+            whole = math.lcm(*(k.denominator for k in found.values()))
+            common = Fraction(whole, math.gcd(*(int(k * whole) for k in found.values()))) * (1 if last > 0 else -1)
             basis.append({v: int(k * common) for v, k in found.items()})
         return basis[::-1]
 
@@ -327,10 +336,11 @@ TABLE = [  # rule, mark of the result, the operations (see `_Equations.name`)
     (power, "power", "pow square sqrt rsqrt reciprocal"),
 ]
 RULES = {name: (rule, mark) for rule, mark, names in TABLE for name in names.split()}
-SHAPES = set(".shape .dtype .device .ndim size dim numel".split())
-INHOMOGENEOUS = set(
-    "tanh sigmoid gelu silu elu selu celu mish softplus softmax logsoftmax logsigmoid hardtanh relu6 hardswish exp log".split()
-)
+SHAPES = {".shape", ".dtype", ".device", ".ndim", "size", "dim", "numel"}
+INHOMOGENEOUS = {
+    "tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "softmax", "logsoftmax", "logsigmoid", "hardtanh", "relu6",
+    "hardswish", "exp", "log",
+}
 
 
 # --- the solutions ------------------------------------------------------------------------------------
@@ -342,9 +352,9 @@ def _neurons(e: _Equations, solution: dict) -> tuple[dict[str, tuple[int, int]] 
             title = type(module).__name__
             shared = "has one eps for all channels" if title.startswith(("Batch", "Instance")) else "averages over neurons"
             return None, f"{title} ('{name}') {shared}, so that they must share one unit"
-    neurons = {}
+    neurons: dict[str, tuple[int, int]] = {}
     for name in e.names.values():
-        forms = {tuple(side[0] * solution.get(side[1], 0) if side else 0 for side in role) for role in e.roles[name]}
+        forms: set[Any] = {tuple(side[0] * solution.get(side[1], 0) if side else 0 for side in role) for role in e.roles[name]}
         if len(forms) > 1 or (not forms and name in solution):
             return None, f"{name} is used {'in two ways' if forms else 'outside a layer'}, so that its neurons are not known"
         if forms and any(form := forms.pop()):
@@ -356,7 +366,8 @@ def _describe(e: _Equations, solution: dict) -> Symmetry:
     marks = {mark for v in solution for mark in e.marks.get(v, ())}
     powers = {name: solution[name] for name in e.names.values() if name in solution}
     called = (n.target for n in e.nodes if n.op == "call_module" and n in solution)
-    eps, buffers = {}, {}
+    eps: dict[str, int] = {}
+    buffers: dict[str, int] = {}
     for name, module, x in e.norms:
         if x in solution:
             eps |= {name: 2 * solution[x]} if module.eps != 0 else {}
@@ -389,7 +400,7 @@ def symmetries(model: nn.Module) -> list[Symmetry]:
 
 
 def symmetry(model: nn.Module, at: str) -> Symmetry:
-    """The rescaling that multiplies the output of the module `at` by c (or by a power of c).
+    """The rescaling of `model` that multiplies the output of the module `at` by c (or by a power of c).
 
     Raises:
         ValueError: if there is none (with the reason), more than one, or no such module; if the network cannot be traced.
@@ -424,7 +435,7 @@ def _reason(e: _Equations, node: fx.Node) -> str:
 
 # --- the rescaling ------------------------------------------------------------------------------------
 
-def _checked(c) -> Tensor:
+def _checked(c: object) -> Tensor:
     """c as a float64 tensor with no or one dimension."""
     ok = isinstance(c, (int, float, Tensor)) and not isinstance(c, bool) and not (isinstance(c, Tensor) and c.ndim > 1)
     values = torch.as_tensor(c, dtype=torch.float64, device="cpu").detach() if ok else torch.tensor(math.nan)
@@ -448,19 +459,23 @@ def _factor(c: Tensor, name: str, tensor: Tensor, rows: int, columns: int) -> Te
         if exponent:
             runs, rest = divmod(tensor.shape[dim] if dim < tensor.ndim else 0, len(c))
             if rest or not runs or (dim == 0 and runs > 1):
-                shape = tuple(tensor.shape)
-                raise ValueError(f"c has {len(c)} factors, but {name} has shape {shape}; give one factor a neuron.")
+                raise ValueError(f"c has {len(c)} factors, but {name} has shape {tuple(tensor.shape)}; give one factor a neuron.")
             shape = [-1 if d == dim else 1 for d in range(tensor.ndim)]
             factor = factor * _power(c, exponent).repeat_interleave(runs).reshape(shape)
     return factor
 
 
-def _chosen(model: nn.Module, at) -> tuple[Symmetry, ...]:
-    return tuple(s if isinstance(s, Symmetry) else symmetry(model, s) for s in (at if isinstance(at, (list, tuple)) else [at]))
+At = str | Symmetry | Sequence[str | Symmetry]
+Factor = float | Tensor
+
+
+def _chosen(model: nn.Module, at: At) -> tuple[Symmetry, ...]:
+    several: Any = at if isinstance(at, (list, tuple)) else [at]
+    return tuple(s if isinstance(s, Symmetry) else symmetry(model, s) for s in several)
 
 
 @torch.no_grad()
-def rescale(model: nn.Module, at, c) -> dict[str, Tensor]:
+def rescale(model: nn.Module, at: At, c: Factor | Sequence[Factor]) -> dict[str, Tensor]:
     """Rescale the network in place without changing its function (see `twin`, which checks that it did not).
 
     Args:
@@ -481,14 +496,15 @@ def rescale(model: nn.Module, at, c) -> dict[str, Tensor]:
     numbers = list(c) if isinstance(c, (list, tuple)) else [c] * len(chosen)
     if len(numbers) != len(chosen):
         raise ValueError(f"there are {len(numbers)} numbers c for {len(chosen)} symmetries; give one, or one each.")
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     parameters, dtype = set(tensors), next(iter(tensors.values())).dtype
     tensors |= dict(model.named_buffers())
-    factors, eps = {}, {}
+    factors: dict[str, Any] = {}
+    eps: dict[str, float] = {}
     for s, number in zip(chosen, map(_checked, numbers), strict=True):
         if number.ndim and s.neurons is None:
             raise ValueError(f"the neurons at '{s.at}' cannot each have a unit: {s.reason}; give one number c.")
-        if number.ndim:
+        if number.ndim and s.neurons is not None:
             new = {name: _factor(number, name, tensors[name], *form) for name, form in s.neurons.items()}
         else:
             new = {name: _power(number, power) for name, power in (s.powers | s.buffers).items()}
@@ -502,9 +518,9 @@ def rescale(model: nn.Module, at, c) -> dict[str, Tensor]:
             raise ValueError(f"c takes {name} out of the range of {factor.dtype}; choose a c nearer to 1.")
     for name, factor in factors.items():
         tensors[name].mul_(factor)
-    for name, factor in eps.items():
-        module = model.get_submodule(name)
-        module.eps = (torch.finfo(dtype).eps if module.eps is None else module.eps) * factor
+    for name, times in eps.items():
+        module: Any = model.get_submodule(name)
+        module.eps = (torch.finfo(dtype).eps if module.eps is None else module.eps) * times
     return {name: factor for name, factor in factors.items() if name in parameters}
 
 
@@ -561,7 +577,7 @@ def _difference(x: list[Tensor], y: list[Tensor]) -> float:
     return torch.stack([(a - b).abs().max() / a.abs().max() for a, b in pairs]).max().item() if pairs else 0.0
 
 
-def twin(model: nn.Module, at, c, inputs: Tensor | tuple) -> Twin:
+def twin(model: nn.Module, at: At, c: Factor | Sequence[Factor], inputs: Tensor | tuple) -> Twin:
     """A rescaled copy of the network, checked on data in evaluation and in training mode.
 
     Args:
