@@ -1,20 +1,19 @@
-"""Who wins: every contender against tuned AdamW over many tasks, and what a step costs."""
+"""Who wins: every contender against tuned AdamW over many tasks, and what it keeps."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from . import contenders, tasks
+from . import contenders, speed, tasks
 from .experiments import Record, by_setting
 from .training import step
 
-__all__ = ["MEASURES", "REFERENCE", "Row", "best", "failures", "log_regret", "state_bytes", "step_seconds", "summary", "value"]
+__all__ = ["MEASURES", "REFERENCE", "Row", "best", "failures", "log_regret", "state_bytes", "summary", "value"]
 
 REFERENCE = ("adamw", "adamw-0.98")
 MEASURES = ("train", "test")
@@ -33,6 +32,9 @@ def value(record: Record, measure: str) -> float:
     A loss below 0.005 nats counts as 0.005, the problem is solved: else the ratios of very small numbers on one solved task
     would decide a mean over tasks.  An error below half a percent counts as half a percent, because the smallest test set has
     297 examples.
+
+    Raises:
+        ValueError: for another measure.
     """
     task = tasks.get(record.spec.task)
     if measure not in MEASURES:
@@ -46,7 +48,12 @@ def value(record: Record, measure: str) -> float:
 
 
 def best(records: Iterable[Record], measure: str) -> dict[str, list[Record]]:
-    """For each contender its records, one a seed, at the learning rate with the lowest mean of `value`; without one, all it has."""
+    """For each contender its records, one a seed, at the learning rate with the lowest mean of `value`; without one, all it has.
+
+    Args:
+        records: of all contenders on one task.
+        measure: as in `value`.
+    """
     chosen: dict[str, list[Record]] = {}
     ranked = sorted(by_setting(records).values(), key=lambda group: np.mean([value(r, measure) for r in group]))
     for group in ranked:
@@ -56,6 +63,10 @@ def best(records: Iterable[Record], measure: str) -> dict[str, list[Record]]:
 
 def log_regret(records: Iterable[Record], measure: str) -> dict[str, float]:
     """For each contender on one task: ln(its mean over seeds of `value` / that of the best AdamW of both grids).
+
+    Args:
+        records: of all contenders on the task.
+        measure: as in `value`.
 
     0 is as good as AdamW tuned for this very measure on this task, 0.1 about ten percent worse.  The tuned methods have the
     advantage that their rate is chosen after the fact.
@@ -102,65 +113,18 @@ def failures(records: Iterable[Record]) -> dict[str, int]:
     return {name: sum(bool(guess - value(r, "train") < furthest / 2) for r in group) for name, group in chosen.items()}
 
 
-def _parameters(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
+def state_bytes(name: str) -> float:
+    """Bytes of optimizer state per float32 parameter, after a few steps; measured on one tensor, so single numbers hardly count.
+
+    Args:
+        name: of a contender.
+    """
     generator = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    for p in made:
-        p.grad = torch.randn(p.shape, generator=generator)
-    return made
-
-
-_LOSS = torch.ones(())
-
-
-def _made(name: str, shapes: Sequence[tuple[int, ...]]) -> torch.optim.Optimizer:
-    optimizer = contenders.make(name, _parameters(shapes))
+    weight = torch.nn.Parameter(torch.randn(1000, 1000, generator=generator))
+    weight.grad = torch.randn(1000, 1000, generator=generator)
+    optimizer = contenders.make(name, [weight])
     if hasattr(optimizer, "train"):
         optimizer.train()
-    return optimizer
-
-
-def _collect(thing, held: dict[int, int], seen: set[int]) -> None:
-    """Storages of all tensors in it, address → bytes: packages keep state in groups and attributes too."""
-    if id(thing) in seen:
-        return
-    seen.add(id(thing))
-    if torch.is_tensor(thing):
-        held[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    elif isinstance(thing, Mapping):
-        for part in thing.values():
-            _collect(part, held, seen)
-    elif isinstance(thing, (list, tuple)):
-        for item in thing:
-            _collect(item, held, seen)
-    elif hasattr(thing, "__dict__") and not callable(thing):
-        _collect(vars(thing), held, seen)
-
-
-def state_bytes(name: str) -> float:
-    """Bytes of optimizer state per float32 parameter, after a few steps; measured on one tensor, so single numbers hardly count."""
-    shapes = [(1000, 1000)]
-    optimizer = _made(name, shapes)
     for _ in range(3):
-        step(optimizer, _LOSS)
-    held: dict[int, int] = {}
-    _collect(vars(optimizer), held, set())
-    for p in optimizer.param_groups[0]["params"]:
-        for t in (p, p.grad):
-            held.pop(t.untyped_storage().data_ptr(), None)
-    return sum(held.values()) / math.prod(shapes[0])
-
-
-def step_seconds(names: Sequence[str], shapes: Sequence[tuple[int, ...]], rounds: int = 20) -> dict[str, np.ndarray]:
-    """Wall time of single steps of each optimizer on parameters of these shapes: [rounds], in seconds.
-
-    The optimizers take turns, so that whatever else the machine does hits all of them.
-    """
-    made = {name: _made(name, shapes) for name in names}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds + 2):
-        for name, optimizer in made.items():
-            start = time.perf_counter()
-            step(optimizer, _LOSS)
-            times[name].append(time.perf_counter() - start)
-    return {name: np.array(t[2:]) for name, t in times.items()}
+        step(optimizer, torch.ones(()))
+    return speed.state_bytes(optimizer)

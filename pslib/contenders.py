@@ -124,7 +124,7 @@ ALL = {**CONTENDERS, **REMEDIES, **BLOCKS}
 
 
 def prepare(name: str, model: nn.Module) -> None:
-    """Do to the network what the contender `name` needs done before it is made; for most that is nothing."""
+    """Do to the network `model` what the contender `name` needs done before it is made; for most that is nothing."""
     reparametrize = _contender(name).reparametrize
     if reparametrize is not None:
         reparametrize(model)

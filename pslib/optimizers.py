@@ -67,10 +67,37 @@ class ParameterScaled(torch.optim.Optimizer):
 
     A step in which a gradient's square (or, where it is needed, the loss) is not finite is skipped whole: parameters and
     state stay as they are, and `skipped_steps` counts it.  The reference loop warns of the first one at once, the fast path
-    when something is next read from it (`skipped_steps`, `distance`, `effective_lr` or `state_dict()`).
+    when `skipped_steps` or `state_dict()` is next read.
 
     A complex parameter is optimized as the real one of its parts.  Shards of a `DTensor` are stepped where they are; only
     sums over blocks are reduced.
+
+    Args:
+        params: tensors, groups, or named parameters.
+        defaults: what groups do not set themselves: lr, betas, eps and weight_decay; and maximize and unit, where offered.
+        scaling: the name of a scaling, or a `pslib.scalings.Scaling`.
+        estimator: finds the step size.
+        per: what shares one step size, one of `offered`.
+        units: None, "tensor" or "neuron".
+        fused: None, True or False, as in `PSDASGD`.
+        slice_p: as in `PSDASGD`.
+
+    Raises:
+        ValueError: for a setting out of range.
+
+    Example: a step of a tenth of what the scaling says.
+
+    >>> from pslib.estimators import Estimator
+    >>> class Tenth(Estimator):
+    ...     def rate(self, blocks, loss):
+    ...         one = blocks.largest(lambda entry: 1.0)
+    ...         return one, 0.1 * one
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    >>> x.grad = torch.tensor([5.0, -0.01])
+    >>> settings = {"lr": 1.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    >>> ParameterScaled([x], settings, scaling="adam", estimator=Tenth(), per="model").step()
+    >>> [round(number, 4) for number in x.tolist()]
+    [2.9, -3.9]
     """
 
     offered: tuple[str, ...] = ("model", "module", "tensor")
@@ -105,6 +132,8 @@ class ParameterScaled(torch.optim.Optimizer):
         require(_number(b1) and 0 <= b1 < 1, f"betas[0] must be in [0, 1), not {b1!r}.")
         require(_number(b2) and 0 <= b2 < 1, f"betas[1] must be in [0, 1), not {b2!r}.")
         for name in ("lr", "eps", "weight_decay"):
+            single = not isinstance(group[name], Tensor) or group[name].numel() == 1
+            require(single, f"{name} must be a number or a tensor of one element.")
             value = float(group[name]) if isinstance(group[name], Tensor) else group[name]
             require(_number(value) and 0 <= value < math.inf, f"{name} must be a finite number ≥ 0, not {value!r}.")
         unit = group.get("unit")
@@ -138,6 +167,9 @@ class ParameterScaled(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.estimator.needs_loss:
+            if loss is None and all(float(g["lr"]) == 0 for g in self.param_groups):
+                # Nothing moves: torch.distributed.checkpoint takes such a step to make the state that it then loads.
+                loss = self.estimator.f_star
             require(
                 loss is not None,
                 f"{type(self).__name__}.step needs the loss: call step(loss=loss) after loss.backward(), or pass a closure.",
@@ -148,7 +180,7 @@ class ParameterScaled(torch.optim.Optimizer):
         else:
             value = None
         if value is not None:
-            value = distributed.mean_loss(value)
+            value = distributed.mean_loss(value.to(distributed.local(self.param_groups[0]["params"][0]).device))
         plan = self._fast()
         if plan is None:
             self._reference(value)
@@ -169,14 +201,14 @@ class ParameterScaled(torch.optim.Optimizer):
         return self._plan
 
     def _forget_plan(self) -> None:
-        self._skips, self._plan = self.skipped_steps, None
+        self._skips, self._plan = self._skipped(), None
 
     def _reference(self, value: Tensor | None) -> None:
         entries = self._entries()
         if not entries:
             return
         zero = entries[0].param.new_zeros((), dtype=torch.float64)
-        squares = torch.stack([zero if e.grad is None else dot(e.grad, e.grad) for e in entries])
+        squares = torch.stack([zero if e.grad is None else dot(e.grad, e.grad).to(zero.device) for e in entries])
         finite = torch.isfinite(distributed.Sums([e.whole for e in entries])(squares[:, None])).all()
         if value is not None:
             finite = finite & torch.isfinite(value).to(finite.device)
@@ -218,11 +250,15 @@ class ParameterScaled(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped because something was not finite; reading it waits for the device."""
+        self._report()
+        return self._skipped()
+
+    def _skipped(self) -> int:
         return self._skips + (0 if self._plan is None else int(self._plan.skips))
 
     def _report(self) -> None:
         """Warn, once for each reason, of what a user would want to know."""
-        if "skipped" not in self._warned and self.skipped_steps:
+        if "skipped" not in self._warned and self._skipped():
             self._warn("skipped", (
                 "a gradient, its square or the loss is not finite; this step was skipped and nothing was changed "
                 "(further ones are only counted, in skipped_steps)."
@@ -288,16 +324,16 @@ class ParameterScaled(torch.optim.Optimizer):
         """Take the step."""
         assert e.grad is not None
         beta1, gamma, m = e.group["betas"][0], e.group["lr"], e.state["exp_avg"]
-        m.mul_(beta1).add_(e.grad * ((1 - beta1) * inside).to(m.dtype))
+        gamma = gamma.reshape(()) if isinstance(gamma, Tensor) else gamma
+        m.mul_(beta1).add_(e.grad * ((1 - beta1) * inside).to(m))
         length = gamma * outside / (1 - beta1 ** e.state["step"])
-        step = over_scaling(m, e.alpha_sq) * length.to(m.dtype)
+        step = over_scaling(m, e.alpha_sq) * length.to(m)
         if "unit" in e.state:
             step = step * e.state["unit"].to(m.dtype)
         kept = 1 - gamma * e.group["weight_decay"]
         e.param.copy_(e.param.to(m.dtype) * kept - step)
 
     def _block_values(self, name: str, factor: Callable[[dict], float]) -> Tensor:
-        self._report()
         blocks: dict[object, Tensor | None] = {}
         for group in self.param_groups:
             names = group.get("param_names") or [""] * len(group["params"])
@@ -332,7 +368,7 @@ class ParameterScaled(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         own = ("scaling", "estimator", "per", "units", "fused", "slice_p", "_warned")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_skips": self.skipped_steps}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_skips": self._skipped()}
 
     def __setstate__(self, state: dict) -> None:
         # torch calls this in load_state_dict too, with the state alone; a pickle of version 0.1 lacks what is newer than that.
@@ -349,11 +385,24 @@ class ParameterScaled(torch.optim.Optimizer):
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for p, n in zip(params, numbers, strict=True):
             state = state_dict["state"].get(n)
+            if state is not None:
+                # The same names after every step, whichever path took it: torch.distributed.checkpoint loads by name.
+                state = state_dict["state"][n] = {**self._empty(), **state}
+                if self.scaling.refresh == 1:
+                    state.pop("alpha_sq", None)
             if state is not None and distributed.local(p) is not p:
                 state_dict["state"][n] = {
-                    name: distributed.like(p, v) if isinstance(v, Tensor) and v.dim() and name not in BLOCKWISE else v for name, v in state.items()
+                    name: distributed.like(p, v) if isinstance(v, Tensor) and v.dim() and name not in BLOCKWISE else v
+                    for name, v in state.items()
                 }
         return state_dict
+
+    def _empty(self) -> dict[str, Tensor]:
+        """Numbers that a parameter's state may still lack."""
+        learns = isinstance(self.estimator, DAdaptation)
+        names = ("distance_numerator", "first_distance") if learns else ("polyak_bound",) if isinstance(self.estimator, Polyak) else ()
+        numbers = {name: torch.full((), math.nan, dtype=torch.float64) for name in names}
+        return {**numbers, "unit": torch.zeros((), dtype=torch.float64)} if self.units is not None else numbers
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state; unlike torch's default, the statistics keep the precision in which they were saved.
@@ -364,7 +413,13 @@ class ParameterScaled(torch.optim.Optimizer):
         Raises:
             ValueError: if the state was made with another slice_p.
         """
-        super().load_state_dict(state_dict)
+        given: list[dict] = []  # as the hooks of the state leave it
+        last = self.register_load_state_dict_pre_hook(lambda _, final: given.append(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        [state_dict] = given
         params = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for p, n in zip(params, numbers, strict=True):
@@ -376,9 +431,14 @@ class ParameterScaled(torch.optim.Optimizer):
                 del state["unit"]
             if "initial" in state:
                 size = part(x, self.stride(p)).numel()
-                require(state["initial"].numel() == size, f"the state was made with another slice_p than {self.slice_p}; give the one it had.")
+                require(
+                    state["initial"].numel() == size,
+                    f"the state was made with another slice_p than {self.slice_p}; give the one it had.",
+                )
                 if "initial_sq" not in state:
                     state["initial_sq"] = dot(state["initial"], state["initial"])
+                if "distance" in state and "first_distance" not in state:
+                    state["first_distance"] = torch.zeros_like(state["distance"])  # not known: anything has grown from it
 
 
 class ScaledSGD(ParameterScaled):
@@ -396,6 +456,15 @@ class ScaledSGD(ParameterScaled):
     Raises:
         ValueError: for a setting out of range.
         RuntimeError: for sparse gradients.
+
+    Example: the step of `torch.optim.Adam`.
+
+    >>> x, y = (torch.nn.Parameter(torch.tensor([3.0, -4.0])) for _ in range(2))
+    >>> x.grad, y.grad = torch.tensor([5.0, -0.01]), torch.tensor([5.0, -0.01])
+    >>> ScaledSGD([x], lr=0.1, eps=1e-8).step()
+    >>> torch.optim.Adam([y], lr=0.1, eps=1e-8).step()
+    >>> torch.allclose(x, y)
+    True
     """
 
     def __init__(
@@ -434,6 +503,20 @@ class PSSPS(ParameterScaled):
 
     Source: derived from the principles of Suh & Seo (arXiv 2401.03240, section 4), not transcribed; the step is
     Polyak's (1987), the stochastic form and the smoothed bound Loizou et al.'s (2021).
+
+    Example: `step` is given the loss, and its lowest value is 0 here.
+
+    >>> import torch
+    >>> from pslib import PSSPS
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    >>> optimizer = PSSPS([x])
+    >>> for _ in range(300):
+    ...     optimizer.zero_grad()
+    ...     loss = x.square().sum()
+    ...     loss.backward()
+    ...     loss = optimizer.step(loss=loss)
+    >>> bool(loss < 0.01)
+    True
     """
 
     def __init__(
@@ -496,6 +579,22 @@ class PSDASGD(ParameterScaled):
 
     Source: derived from the principles of Suh & Seo (arXiv 2401.03240, section 4), not transcribed; the bound is
     that of Defazio & Mishchenko (2023) in the scaled space; per="tensor" is this book's extension.
+
+    Example: no learning rate, and what was learned instead of one.
+
+    >>> import torch
+    >>> from pslib import PSDASGD
+    >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    >>> optimizer = PSDASGD({"x": x}.items())
+    >>> for _ in range(300):
+    ...     optimizer.zero_grad()
+    ...     loss = x.square().sum()
+    ...     loss.backward()
+    ...     optimizer.step()
+    >>> bool(loss < 0.01), optimizer.block_names
+    (True, ['x'])
+    >>> 0.01 < optimizer.distance.item() < 5
+    True
     """
 
     def __init__(

@@ -28,13 +28,14 @@ COLOURS = {
 _STYLES = {
     "sgd": ("grey", "-"), "momentum": ("grey", "--"), "adam": ("grey", "-."), "adamw": ("black", "-"),
     "adamw-default": ("black", ":"), "adamw-0.98": ("black", "--"), "amsgrad": ("purple", "-."), "rmsprop": ("sky", "--"),
-    "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-adam-0.98": ("sky", "-."), "dadapt-sgd": ("sky", ":"), "prodigy": ("purple", "-"),
-    "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "ldog": ("sky", "--"), "momo-adam": ("orange", ":"), "schedule-free": ("green", ":"),
-    "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "--"), "psdasgd-tensor": ("vermilion", "-"),
+    "adagrad": ("purple", "--"), "dadapt-adam": ("sky", "-"), "dadapt-adam-0.98": ("sky", "-."), "dadapt-sgd": ("sky", ":"),
+    "prodigy": ("purple", "-"), "prodigy-0.98": ("purple", "--"), "dog": ("grey", ":"), "ldog": ("sky", "--"), "momo-adam": ("orange", ":"),
+    "schedule-free": ("green", ":"), "sps": ("orange", "--"), "ps-sps": ("orange", "-"), "psdasgd-model": ("blue", "--"),
+    "psdasgd-tensor": ("vermilion", "-"),
     "weight-norm": ("sky", "-"), "nd-adam": ("green", "-"), "path-sgd": ("green", "--"), "psdasgd-module": ("blue", "-."),
     "psdasgd-neuron": ("orange", "-"), "psdasgd-coordinate": ("orange", ":"), "psdasgd-model-units": ("blue", "-"),
-    "psdasgd-module-units": ("green", "-."), "psdasgd-model-neuron-units": ("purple", "-"), "psdasgd-tensor-neuron-units": ("vermilion", "--"),
-    "psdasgd-slice": ("sky", "-"),
+    "psdasgd-module-units": ("green", "-."), "psdasgd-model-neuron-units": ("purple", "-"),
+    "psdasgd-tensor-neuron-units": ("vermilion", "--"), "psdasgd-slice": ("sky", "-"),
 }
 
 
@@ -202,7 +203,8 @@ def toggles(figure: plt.Figure, series: Mapping[str, str], alt: str, *, hidden: 
 
     svg = re.sub(r'<g id="([^"]+)"', named, svg)
     svg = re.sub(r'(<(?:path|clipPath) id="|xlink:href="#|url\(#)', rf"\1{digest}-", svg)
-    svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" style="max-width: 100%; height: auto; background: white" ', svg, count=1)
+    css = "max-width: 100%; height: auto; background: white"
+    svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" style="{css}" ', svg, count=1)
     boxes = []
     for name, text in series.items():
         style = style_of(name)

@@ -31,6 +31,9 @@ class Scaling:
         ValueError: if `refresh` is not a positive integer.
 
     A subclass defines `compute`.  It may keep buffers of its own in `state`, shaped like the parameter.
+
+    >>> Adam().compute({"step": 1, "exp_avg_sq": torch.tensor([4.0])}, beta2=0.75, eps=0.0)
+    tensor([4.])
     """
 
     def __init__(self, refresh: int = 1):
@@ -113,6 +116,9 @@ class PowerOfTwo(Scaling):
     """Another scaling with every α² rounded to the nearest power of four, so that α is a power of two.
 
     Powers of two commute with floating-point arithmetic: identities that hold on paper then hold bit for bit.
+
+    Args:
+        inner: that scaling, or its name.
     """
 
     def __init__(self, inner: Scaling | str):
@@ -129,7 +135,12 @@ class PowerOfTwo(Scaling):
 
 
 class Multiplied(Scaling):
-    """Another scaling with α² multiplied, at step k, by `factor(k)` > 0: the update must not notice."""
+    """Another scaling with α² multiplied, at step k, by `factor(k)` > 0: the update must not notice.
+
+    Args:
+        inner: that scaling, or its name.
+        factor: maps the step's number, from 1 on, to the multiplier.
+    """
 
     def __init__(self, inner: Scaling | str, factor: Callable[[int], float]):
         self.inner, self.factor = get(inner), factor
@@ -150,6 +161,9 @@ def get(scaling: Scaling | str) -> Scaling:
 
     Raises:
         ValueError: if the name is unknown.
+
+    >>> get("adam")
+    Adam(refresh=1)
     """
     if isinstance(scaling, Scaling):
         return scaling

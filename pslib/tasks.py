@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import datasets
 from .datasets import Data, MissingData
-from .networks import CharacterTransformer, Convolutional, Residual, ResNet, VGG19, VisionTransformer, mlp
+from .networks import VGG19, CharacterTransformer, Convolutional, Residual, ResNet, VisionTransformer, mlp
 
 __all__ = ["PRESETS", "Data", "MissingData", "Task", "get", "names"]
 
@@ -61,10 +61,13 @@ class Task:
         return F.cross_entropy(logits.flatten(0, -2), target.flatten())
 
 
-def _images(name: str, title: str, classes: int, load: Callable, build: Callable, full_build: Callable, batch_size: int, steps: int, size: int) -> Task:
+def _images(
+    name: str, title: str, classes: int, load: Callable, build: Callable, full_build: Callable, batch_size: int, steps: int, size: int
+) -> Task:
     """Photographs: 10,000 of them reduced to `size` on a CPU, all of them for 60 epochs on a GPU."""
     full = {
-        "load": load, "build": full_build, "batch_size": 256, "steps": 60 * 50_000 // 256, "evaluations": 20, "augment": True, "accelerate": True,
+        "load": load, "build": full_build, "batch_size": 256, "steps": 60 * 50_000 // 256, "evaluations": 20, "augment": True,
+        "accelerate": True,
     }
     return Task(name, title, partial(load, 10_000, 1_000, size), build, batch_size, steps, "accuracy", classes, evaluations=5, full=full)
 
@@ -77,7 +80,10 @@ def _photographs(name: str, title: str, classes: int, load: Callable) -> list[Ta
     for norm, suffix, words in ((True, "-bn", "with batch norm"), (False, "", "without batch norm")):
         resnet, vgg = (lambda d, w, net=net, norm=norm: net(d.classes, norm, w) for net in (ResNet, VGG19))
         made += [
-            _images(f"{name}-resnet32{suffix}", f"{title}, ResNet-32 {words}", classes, load, partial(resnet, w=8), partial(resnet, w=16), 64, 120, 16),
+            _images(
+                f"{name}-resnet32{suffix}", f"{title}, ResNet-32 {words}", classes, load, partial(resnet, w=8), partial(resnet, w=16),
+                64, 120, 16,
+            ),
             _images(f"{name}-vgg19{suffix}", f"{title}, VGG-19 {words}", classes, load, partial(vgg, w=8), partial(vgg, w=64), 32, 140, 32),
         ]
     return [*made, _images(f"{name}-vit", f"{title}, ViT, patch 4", classes, load, vit(16, 64, 4, 4), vit(32, 192, 3, 9), 64, 150, 16)]
@@ -106,21 +112,25 @@ def _imagenet() -> Task:
         "steps": 90 * 1_281_167 // 1024, "evaluations": 20, "augment": True, "accelerate": True,
     }
     return Task(
-        "imagenet-vit", "ImageNet-1K, ViT, patch 16", partial(datasets.imagenet, 32), partial(vit, side=32, patch=8, width=64, heads=4, depth=2),
-        64, 100, "accuracy", 1000, evaluations=5, full=full,
+        "imagenet-vit", "ImageNet-1K, ViT, patch 16", partial(datasets.imagenet, 32),
+        partial(vit, side=32, patch=8, width=64, heads=4, depth=2), 64, 100, "accuracy", 1000, evaluations=5, full=full,
     )
 
 
 TASKS = {
     t.name: t
     for t in (
-        Task("mnist1d-cnn", "MNIST-1D, convolutional network", datasets.mnist1d, lambda d: Convolutional(d.classes), 100, 1600, "accuracy", rescaled=("convs.0",)),
-        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", datasets.mnist1d, lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", rescaled=("convs.0",)),
-        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", datasets.mnist1d, lambda d: Residual(d.classes), 100, 600, "accuracy", rescaled=("blocks.0.1", "blocks.1.1")),
+        Task("mnist1d-cnn", "MNIST-1D, convolutional network", datasets.mnist1d, lambda d: Convolutional(d.classes), 100, 1600,
+             "accuracy", rescaled=("convs.0",)),
+        Task("mnist1d-cnn3", "MNIST-1D, three narrow convolutions", datasets.mnist1d,
+             lambda d: Convolutional(d.classes, 3, 25, 3), 100, 1600, "accuracy", rescaled=("convs.0",)),
+        Task("mnist1d-resnet", "MNIST-1D, residual network with batch norm", datasets.mnist1d, lambda d: Residual(d.classes), 100, 600,
+             "accuracy", rescaled=("blocks.0.1", "blocks.1.1")),
         Task("digits-mlp", "digits, perceptron", datasets.digits, lambda d: mlp(64, d.classes), 50, 900, "accuracy", rescaled=("0",)),
-        Task("digits-vit", "digits, ViT, patch 2", datasets.digit_images, lambda d: VisionTransformer(d.classes, (1, 8), 2, 32, 4, 2), 50, 250, "accuracy"),
-        Task("chars-transformer", "characters, transformer", datasets.topics, lambda d: CharacterTransformer(d.classes), 16, 300, "loss", 103,
-             tuple(f"blocks.{i}.{name}" for i in range(2) for name in ("query", "value", "up"))),
+        Task("digits-vit", "digits, ViT, patch 2", datasets.digit_images,
+             lambda d: VisionTransformer(d.classes, (1, 8), 2, 32, 4, 2), 50, 250, "accuracy"),
+        Task("chars-transformer", "characters, transformer", datasets.topics, lambda d: CharacterTransformer(d.classes), 16, 300,
+             "loss", 103, tuple(f"blocks.{i}.{name}" for i in range(2) for name in ("query", "value", "up"))),
         *_photographs("cifar10", "CIFAR-10 (JPEG)", 10, datasets.cifar10),
         *_photographs("cifar100", "CIFAR-100", 100, datasets.cifar100),
         _imagenet(), _gpt("characters", 65), _gpt("bytes", 256),

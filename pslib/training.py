@@ -404,7 +404,10 @@ def train(
                 torch.cuda.synchronize()
             history.step_seconds += time.perf_counter() - tick
             history.seconds = time.perf_counter() - start
-            kept.save(done=k, losses=losses[0].cpu(), history=history, batches=batches.state(), scheduler=scheduler and scheduler.state_dict())
+            kept.save(
+                done=k, losses=losses[0].cpu(), history=history, batches=batches.state(),
+                scheduler=scheduler and scheduler.state_dict(),
+            )
             if up:
                 raise Paused(f"{task.name}, seed {seed}: {k} of {steps} steps done.")
             tick = saved = time.perf_counter()
@@ -419,5 +422,12 @@ def train(
 
 
 def train_seeds(task: str | Task, optimizer, seeds: int = 3, **settings) -> list[History]:
-    """`train` for seeds 0, 1, …, seeds − 1."""
+    """`train` for seeds 0, 1, …, seeds − 1.
+
+    Args:
+        task: a task or its name.
+        optimizer: makes the optimizer from the model's named parameters.
+        seeds: how many.
+        settings: for `train`.
+    """
     return [train(task, optimizer, seed=seed, **settings) for seed in range(seeds)]

@@ -338,8 +338,8 @@ TABLE = [  # rule, mark of the result, the operations (see `_Equations.name`)
 RULES = {name: (rule, mark) for rule, mark, names in TABLE for name in names.split()}
 SHAPES = {".shape", ".dtype", ".device", ".ndim", "size", "dim", "numel"}
 INHOMOGENEOUS = {
-    "tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "softmax", "logsoftmax", "logsigmoid", "hardtanh", "relu6",
-    "hardswish", "exp", "log",
+    "tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "mish", "softplus", "softmax", "logsoftmax", "logsigmoid", "hardtanh",
+    "relu6", "hardswish", "exp", "log",
 }
 
 
@@ -395,6 +395,9 @@ def symmetries(model: nn.Module) -> list[Symmetry]:
         ValueError: if the network cannot be traced.
 
     An operation that is not in the table of rules is taken to fix the units of what goes in and comes out.
+
+    >>> print(*symmetries(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
+    ReLU at '0': 0.weight × c, 0.bias × c, 2.weight ÷ c
     """
     return [s for s, _ in _solve(model)[1]]
 
@@ -587,6 +590,11 @@ def twin(model: nn.Module, at: At, c: Factor | Sequence[Factor], inputs: Tensor 
 
     Raises:
         ValueError: as `rescale`; and if the copy's outputs differ by more than rounding.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> other = twin(model, "0", 4.0, torch.ones(5, 2))
+    >>> other.exact, other.factors["2.weight"]
+    (True, tensor(0.2500))
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     chosen = _chosen(model, at)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import distributed
 from .estimators import Entry, completed
 
 __all__ = ["KINDS", "assign"]
@@ -26,14 +27,25 @@ def assign(entries: list[Entry], kind: str) -> None:
 
     A tensor that starts at zero borrows its u at its first nonzero gradient (`pslib.estimators.completed`) and has no unit
     until then; it does not move before either.  A group's `unit` replaces u.
+
+    Raises:
+        ValueError: for "neuron" with sharded parameters.
+
+    >>> entry = Entry(torch.tensor([1.0, 7.0]), torch.ones(2), {}, {"unit": None}, torch.ones(2))
+    >>> assign([entry], "tensor")
+    >>> entry.state["unit"]
+    tensor(5.)
     """
     new = [e for e in entries if "unit" not in e.state]
     if not new:
         return
+    if kind == "neuron" and any(e.owner is not None and distributed.local(e.owner) is not e.owner for e in entries):
+        raise ValueError("units='neuron' needs whole rows and columns; use units='tensor' for sharded parameters.")
     shapes = [_shape(e, entries) if kind == "neuron" else torch.ones((), dtype=torch.float64, device=e.param.device) for e in entries]
     given = [e.group.get("unit") for e in entries]
     sizes = [
-        _rms(e, _start(e) / shape) if unit is None else shape.new_tensor(unit) for e, shape, unit in zip(entries, shapes, given, strict=True)
+        _rms(e, _start(e) / shape) if unit is None else shape.new_tensor(unit)
+        for e, shape, unit in zip(entries, shapes, given, strict=True)
     ]
     grads = [s.new_zeros(()) if e.grad is None else _rms(e, e.grad * s) for e, s in zip(entries, shapes, strict=True)]
     for e, shape, u in zip(entries, shapes, completed(torch.stack(sizes), torch.stack(grads)), strict=True):

@@ -150,46 +150,6 @@ def test_state_bytes_are_four_for_each_tensor_kept(name, tensors):
     assert benchmark.state_bytes(name) == close(4 * tensors, abs=0.01)
 
 
-def test_state_is_found_wherever_it_is_kept_and_counted_once(monkeypatch):
-    """In state, groups, attributes, lists and objects; views share their storage; parameters and gradients are not state."""
-    import torch
-
-    class Keeper(torch.optim.SGD):
-        def __init__(self, params):
-            super().__init__(params, lr=0.1)
-            p = self.param_groups[0]["params"][0]
-            row = torch.zeros(1000, 1000)
-            self.state[p]["a"] = [row, row.view(-1), p]
-            self.param_groups[0]["b"] = (torch.zeros(500, 1000),)
-            self.c = type("Holder", (), {})()
-            self.c.inside = {"d": torch.zeros(250, 1000), "self": self.c, "gradient": p.grad}
-
-    monkeypatch.setattr(benchmark.contenders, "make", lambda name, params: Keeper(params))
-    assert benchmark.state_bytes("keeper") == close(4 * 1.75)
-
-
-def test_the_optimizers_take_turns_and_warm_up(monkeypatch):
-    """On a clock that each step moves on: by the optimizer's own time, ten times that in the first two rounds."""
-    clock, turns, costs = [0.0], [], {"SGD": 1.0, "AdamW": 2.0}
-
-    def step(optimizer, loss):
-        name = type(optimizer).__name__
-        turns.append(name)
-        clock[0] += costs[name] * (10 if turns.count(name) <= 2 else 1)
-
-    monkeypatch.setattr(benchmark, "step", step)
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
-    found = benchmark.step_seconds(["momentum", "adamw"], [(3, 2), (2,)], rounds=4)
-    assert {name: list(t) for name, t in found.items()} == {"momentum": [1.0] * 4, "adamw": [2.0] * 4}
-    assert turns == ["SGD", "AdamW"] * 6
-
-
-@pytest.mark.parametrize("name", ["psdasgd-tensor", "ps-sps", "schedule-free", "momo-adam", "prodigy", "ldog"])
-def test_every_kind_of_step_can_be_timed(name):
-    (times,) = benchmark.step_seconds([name], [(4, 3), (3,)], rounds=2).values()
-    assert times.shape == (2,) and (times > 0).all()
-
-
 # --- the figure with check boxes --------------------------------------------------------------------
 
 NAMES = ("adamw", "prodigy-0.98", "psdasgd-tensor")
