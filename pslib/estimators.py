@@ -226,7 +226,8 @@ class Blocks:
     def read(self, name: str, start: float) -> Tensor:
         """The block numbers `name`, `start` for a block that has none yet (or nan)."""
         new = torch.full((), start, dtype=torch.float64, device=self.device)
-        values = [v if v is None else torch.where(v.to(self.device).isnan(), new, v.to(self.device)) for v in (e.state.get(name) for e in self.entries)]
+        kept = [e.state.get(name) for e in self.entries]
+        values = [None if v is None else torch.where(v.to(self.device).isnan(), new, v.to(self.device)) for v in kept]
         if self.shared is None:
             return torch.cat([
                 new.expand(math.prod(self._shape(e))) if v is None else v.reshape(-1) for e, v in zip(self.entries, values, strict=True)

@@ -236,6 +236,10 @@ class Plan:
             )
         )
 
+    def __reduce__(self) -> tuple:
+        # A copy, or what is read from a file, has other memory: the optimizer that finds None there makes a plan of its own.
+        return type(None), ()
+
     def _vector(self, values: Sequence, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 

@@ -109,7 +109,7 @@ def entries(values=None):
 def pieces(per, x, name):
     """The blocks of one tensor by hand; for "model" and "module" what it adds to the shared one."""
     if per == "coordinate":
-        return [v for v in x.reshape(-1)]
+        return list(x.reshape(-1))
     return list(x) if per == "neuron" and x.dim() > 1 else [x]
 
 

@@ -243,7 +243,8 @@ def test_row_4_relu_layers_rescaled_give_the_same_training(dtype, plain):
         assert torch.equal(p * LAYERS.get(name, 1.0), q)
     assert torch.equal(
         torch.tensor(moved.distance, dtype=torch.float64),
-        torch.tensor(base.distance, dtype=torch.float64) * torch.tensor([LAYERS.get(n, 1.0) for n in base.block_names], dtype=torch.float64),
+        torch.tensor(base.distance, dtype=torch.float64)
+        * torch.tensor([LAYERS.get(n, 1.0) for n in base.block_names], dtype=torch.float64),
     )
 
 
@@ -342,7 +343,8 @@ def steep_then_flat(seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_naive_transfer_exceeds_the_distance_and_ours_does_not(seed):
     largest = {}
-    for name, switches in {"ours": {}, "own time": dict(own_time=True, forget=False), "direct": dict(ruler=False, own_time=True, forget=False)}.items():
+    kinds = {"ours": {}, "own time": dict(own_time=True, forget=False), "direct": dict(ruler=False, own_time=True, forget=False)}
+    for name, switches in kinds.items():
         x, loss, away = steep_then_flat(seed)
         opt, ratios = variant(x, **switches), []
         for _ in range(500):

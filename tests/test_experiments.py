@@ -13,7 +13,21 @@ import pytest
 import torch
 
 from pslib import contenders, experiments, tasks, training
-from pslib.experiments import EXPERIMENTS, FOLDER, NOT_YET_RUN, RunSpec, best, by_setting, collect, load, main, metric, record, rerun, twin_distance
+from pslib.experiments import (
+    EXPERIMENTS,
+    FOLDER,
+    NOT_YET_RUN,
+    RunSpec,
+    best,
+    by_setting,
+    collect,
+    load,
+    main,
+    metric,
+    record,
+    rerun,
+    twin_distance,
+)
 from pslib.training import Paused
 
 TINY = [RunSpec("digits-mlp", "adamw", "adamw", {"lr": lr}, seed=s) for s in (0, 1) for lr in (1e-2, 1e-4)]
@@ -258,15 +272,19 @@ def pieces(spec, folder, preset="cpu"):
             stopped += 1
 
 
-@pytest.mark.parametrize("name", [c[0] for c in experiments._contenders() if "lr" not in c[2]] + ["ldog", "psdasgd-model-units", "momentum", "adamw"])
+@pytest.mark.parametrize("name", [
+    *(c[0] for c in experiments._contenders() if "lr" not in c[2]), "ldog", "psdasgd-model-units", "momentum", "adamw",
+])
 def test_a_run_in_pieces_is_the_run_in_one_piece(name, tmp_path):
     """Every attribute of every package's optimizer survives, not only what is in its state_dict."""
-    optimizer, settings = next(((o, s) for n, o, s in experiments._contenders() if n == name), (name, {"lr": 0.1} if name == "momentum" else {}))
+    otherwise = (name, {"lr": 0.1} if name == "momentum" else {})
+    optimizer, settings = next(((o, s) for n, o, s in experiments._contenders() if n == name), otherwise)
     spec = RunSpec("digits-mlp", name, optimizer, settings, steps=12)
     whole = load(record(spec, "cpu", tmp_path / "whole"))
     assert pieces(spec, tmp_path) == 11
     cut = load(spec.file(tmp_path, "cpu"))
-    assert (cut.curve, cut.distance, cut.effective_lr, cut.final_loss) == (whole.curve, whole.distance, whole.effective_lr, whole.final_loss)
+    assert (cut.curve, cut.distance) == (whole.curve, whole.distance)
+    assert (cut.effective_lr, cut.final_loss) == (whole.effective_lr, whole.final_loss)
     assert not list(tmp_path.rglob("*.checkpoint")) and not list(tmp_path.rglob("*.part"))
 
 
@@ -298,7 +316,9 @@ def test_the_time_budget_stops_inside_a_run_and_the_next_call_goes_on(monkeypatc
 NETWORK = pickle.dumps({"identity": "?", "optimizer": {}, "run": {}, "model": {}})
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b"cats\ndogs\n", lambda b: pickle.dumps([1, 2]), lambda b: NETWORK])
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:1000], lambda b: b"", lambda b: b"cats\ndogs\n", lambda b: pickle.dumps([1, 2]), lambda b: NETWORK,
+])
 def test_a_damaged_checkpoint_costs_time_and_nothing_else(damage, tmp_path, capsys):
     spec = RunSpec("digits-mlp", "adam", "adam", steps=6)
     with pytest.raises(Paused, match="digits-mlp, seed 0: 1 of 6 steps done"):
@@ -345,7 +365,8 @@ def test_an_optimizer_that_refuses_a_loss_that_is_no_number_has_diverged(tmp_pat
 
 
 def test_one_run_that_fails_does_not_cost_the_others(monkeypatch, tmp_path, capfd):
-    monkeypatch.setitem(EXPERIMENTS, "mixed", [RunSpec("digits-mlp", "adam", "adam", {"lr": -1.0}), RunSpec("digits-mlp", "adamw", "adamw")])
+    mixed = [RunSpec("digits-mlp", "adam", "adam", {"lr": -1.0}), RunSpec("digits-mlp", "adamw", "adamw")]
+    monkeypatch.setitem(EXPERIMENTS, "mixed", mixed)
     assert main(["run", "mixed", "--preset", "smoke", "--folder", str(tmp_path), "--jobs", "1"]) == 1
     out, err = capfd.readouterr()
     assert "digits-mlp/adam-lr-1-seed0 failed (ValueError: Invalid learning rate: -1.0)." in err and "1 runs still missing" in out
@@ -473,7 +494,7 @@ def test_a_deleted_record_comes_back_within_the_band_of_its_seeds(monkeypatch, t
     assert main(["run", "again", "--folder", str(tmp_path), "--jobs", "1"]) == 0
     again = load(specs[0].file(tmp_path, "cpu"))
     low, high = (f(r.final_metric for r in recorded) for f in (min, max))
-    if again.environment["processor"] == recorded[0].environment["processor"] and again.environment["torch"] == recorded[0].environment["torch"]:
+    if all(again.environment[key] == recorded[0].environment[key] for key in ("processor", "torch")):
         assert low <= again.final_metric <= high
     # Elsewhere within three of the 297 test images.
     assert low - 3 / 297 <= again.final_metric <= high + 3 / 297

@@ -161,7 +161,7 @@ def test_units_remove_everything_on_the_axes_and_nothing_at_45_degrees():
         assert math.isclose(best_kappa(turned(kappa, 0)), 1)
         assert math.isclose(best_kappa(turned(kappa, 45)), kappa, rel_tol=1e-6)
         between = [best_kappa(turned(kappa, d)) for d in range(0, 46, 5)]
-        assert all(q > p for p, q in zip(between, between[1:]))
+        assert all(q > p for p, q in zip(between, between[1:], strict=False))
 
 
 def test_half_of_the_gain_is_lost_at_a_small_angle():

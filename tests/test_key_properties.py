@@ -153,7 +153,7 @@ def test_ramp(t):
 
 
 def test_the_ramp_approaches_root_three_and_returns():
-    ramp = lambda t, b2: normalised_step(np.arange(1.0, t + 1), 0.9, b2)
+    ramp = lambda t, b2: normalised_step(np.arange(1.0, t + 1), 0.9, b2)  # noqa: E731
     assert ramp(10_000, 1 - 1e-9) == pytest.approx(math.sqrt(3), rel=0.01)
     assert ramp(20_000, 0.98) == pytest.approx(1, rel=0.01)
 
@@ -207,7 +207,7 @@ def test_movements_in_a_training():
         adam.register_step_pre_hook(lambda *_: before.extend(p.detach().clone() for p in params))
 
         def look(*_):
-            moves.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(params, before)]).abs().double() / rate)
+            moves.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(params, before, strict=True)]).abs().double() / rate)
             before.clear()
 
         adam.register_step_post_hook(look)
@@ -233,7 +233,7 @@ def test_one_step_symbolically():
 
     def maps_back(lr_stored, eps_stored):
         stored = adam(k * w, m / k, v / k**2, g / k, lr_stored, eps_stored)
-        return all(sp.simplify(a - k**p * b) == 0 for a, b, p in zip(stored, adam(w, m, v, g, lr, eps), (1, -1, -2)))
+        return all(sp.simplify(a - k**p * b) == 0 for a, b, p in zip(stored, adam(w, m, v, g, lr, eps), (1, -1, -2), strict=True))
 
     assert maps_back(k * lr, eps / k)
     assert not maps_back(lr, eps / k)
@@ -250,7 +250,7 @@ def identical(a, b):
 
 
 def gap(a, b):
-    flat = lambda path: torch.stack([torch.cat([x.flatten() for x in p]) for p in path])
+    flat = lambda path: torch.stack([torch.cat([x.flatten() for x in p]) for p in path])  # noqa: E731
     return (torch.linalg.norm(flat(a) - flat(b), dim=1) / torch.linalg.norm(flat(a), dim=1)).max().item()
 
 
@@ -293,7 +293,7 @@ def test_epsilon_and_decay_have_units():
     reference = run(1, adam(2**-10, eps=2**-26))
     assert identical(reference, run(8, adam(2**-7, eps=2**-29)))
     assert not identical(reference, run(8, adam(2**-7, eps=2**-26)))
-    adamw = lambda lr, decay: lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=decay, eps=0)
+    adamw = lambda lr, decay: lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=decay, eps=0)  # noqa: E731
     reference = run(1, adamw(2**-8, 2**-2))
     assert identical(reference, run(8, adamw(2**-5, 2**-5)))
     assert not identical(reference, run(8, adamw(2**-5, 2**-2)))
@@ -332,7 +332,7 @@ def trained(k, make, dtype, steps=200):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_four_cases_in_a_convolutional_network(dtype):
-    make = lambda lr: lambda params: ScaledSGD(params, lr)
+    make = lambda lr: lambda params: ScaledSGD(params, lr)  # noqa: E731
     one, two = trained(1, make(2.0**-10), dtype), trained(8, make(2.0**-7), dtype)
     three, four = trained(8, make(2.0**-10), dtype), trained(1, make(2.0**-13), dtype)
     assert identical([one], [two])
@@ -342,7 +342,7 @@ def test_four_cases_in_a_convolutional_network(dtype):
 
 
 def test_sgd_in_a_convolutional_network():
-    make = lambda lr: lambda named: torch.optim.SGD([p for _, p in named], lr=lr, momentum=0.9)
+    make = lambda lr: lambda named: torch.optim.SGD([p for _, p in named], lr=lr, momentum=0.9)  # noqa: E731
     one = trained(1, make(2.0**-7), torch.float32)
     assert identical([one], [trained(8, make(2.0**-1), torch.float32)])
     assert not identical([one], [trained(8, make(2.0**-4), torch.float32)])

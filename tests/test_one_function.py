@@ -60,7 +60,7 @@ def method_steps(x0, gradients, eta=sp.Symbol("eta", positive=True)):
     """Several steps of one coordinate by the closed forms, by method; PS-DA-SGD is Adam at a multiple of |x0|."""
     b1, b2 = sp.Rational(9, 10), sp.Rational(49, 50)
     m = v = 0
-    for k, g in enumerate(gradients, 1):
+    for k, g in enumerate(gradients, 1):  # noqa: B007  # the last k is used below
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
     ratio = m / (1 - b1**k) / sp.sqrt(v / (1 - b2**k))
     return {"sgd": eta * gradients[-1], "momentum": eta * m, "adam": eta * ratio, "psdasgd": sp.sqrt(x0**2) / 64 * ratio}
@@ -134,7 +134,8 @@ def test_one_steps_relative_change(name, powers):
         twins.rescale(model, "0", factor)
         params = dict(list(model.named_parameters())[:3])
         before = {n: p.detach().clone() for n, p in params.items()}
-        optimizer = contenders.make(name, list(params.items()), **({} if name.startswith("ps") else {"lr": 2.0**-6, **({"eps": 1e-150} if name == "adam" else {})}))
+        settings = {} if name.startswith("ps") else {"lr": 2.0**-6, **({"eps": 1e-150} if name == "adam" else {})}
+        optimizer = contenders.make(name, list(params.items()), **settings)
         data = tasks.get("digits-mlp").load()
         tasks.get("digits-mlp").loss(model(data.x_train[:50].double()), data.y_train[:50]).backward()
         optimizer.step()
@@ -168,7 +169,10 @@ def test_a_sign_is_no_problem_for_adam():
 
         task = tasks.get("digits-mlp")
         network = type(task)(**{**task.__dict__, "build": lambda d: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, d.classes))})
-        return train(network, lambda p: torch.optim.Adam([q for _, q in p]), steps=40, evaluations=1, keep_outputs=True, prepare=prepare if flip else None)
+        return train(
+            network, lambda p: torch.optim.Adam([q for _, q in p]), steps=40, evaluations=1, keep_outputs=True,
+            prepare=prepare if flip else None,
+        )
 
     assert alike(run(True), run(False))
 
@@ -196,7 +200,8 @@ def methods_and_factors(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_the_recorded_experiment_is_what_the_chapter_says(task):
     methods, factors = methods_and_factors(task)
-    assert methods == {*experiments.TWIN_RATES, "prodigy", "dog", "ps-sps", "psdasgd-model", "psdasgd-tensor"} - ({"path-sgd"} if task == TASKS[2] else set())
+    left_out = {"path-sgd"} if task == TASKS[2] else set()
+    assert methods == {*experiments.TWIN_RATES, "prodigy", "dog", "ps-sps", "psdasgd-model", "psdasgd-tensor"} - left_out
     assert [math.log2(factor) for factor in factors] == [-10, -7, -4, -2, 0, 2, 4, 7, 10]
     assert all(sorted(r.spec.seed for r in group) == [0, 1, 2] for group in runs(task).values())
     assert all(("twin_distance" in r.curve) == (factor != 1) for (_, factor), group in runs(task).items() for r in group)
@@ -234,7 +239,10 @@ def test_what_the_remedies_do():
 
 
 def test_the_transformer():
-    nats = {(m, factor): final("chars-transformer", m, factor).mean() for m in ("nd-adam", "adam", "psdasgd-tensor") for factor in (1.0, *ENDS)}
+    nats = {
+        (m, factor): final("chars-transformer", m, factor).mean()
+        for m in ("nd-adam", "adam", "psdasgd-tensor") for factor in (1.0, *ENDS)
+    }
     ours = nats["psdasgd-tensor", 1.0]
     assert max(nats["nd-adam", 1.0], nats["nd-adam", ENDS[1]]) < ours < nats["nd-adam", ENDS[0]] - 0.5
     assert nats["adam", ENDS[1]] > nats["adam", 1.0] + 0.5

@@ -13,7 +13,14 @@ from torch.func import functional_call
 
 from pslib import PSSPS, scalings, tasks
 from pslib.invariance import (
-    CoordinateUnits, LossScale, Problem, TensorUnits, Transformation, UniformUnits, certify, trajectory,
+    CoordinateUnits,
+    LossScale,
+    Problem,
+    TensorUnits,
+    Transformation,
+    UniformUnits,
+    certify,
+    trajectory,
 )
 
 INF = math.inf
@@ -249,7 +256,8 @@ def test_loss_scale_uniform_units_and_factors_of_alpha_change_nothing(name, step
     original = trajectory(PSSPS, problem, Transformation(), steps)
     assert moves(problem, original)
     reference = trajectory(lambda p: PSSPS(p, fused=False), problem, Transformation(), steps)
-    others = [trajectory(PSSPS, problem, t, steps) for t in (LossScale(2.0**-9), LossScale(2.0**6), UniformUnits(2.0**5), UniformUnits(2.0**-4))]
+    changes = (LossScale(2.0**-9), LossScale(2.0**6), UniformUnits(2.0**5), UniformUnits(2.0**-4))
+    others = [trajectory(PSSPS, problem, t, steps) for t in changes]
     factor = lambda k: 2.0 ** ((k * k) % 11 - 5)  # noqa: E731
     multiplied = trajectory(lambda p: PSSPS(p, scaling=scalings.Multiplied("adam", factor)), problem, Transformation(), steps)
     for one, other in [*((original, o) for o in others), (reference, multiplied)]:
@@ -350,7 +358,8 @@ def test_the_first_step_and_the_growth_are_bounded(scaling):
 
 def test_without_scaling_it_is_sps_with_its_authors_smoothed_bound():
     problem, c, growth = network("digits-mlp"), 0.2, 2 ** (1 / 30)
-    ours = trajectory(lambda p: PSSPS(p, scaling="none", betas=(0.0, 0.98), c=c, d0=1e-3, growth_rate=growth), problem, Transformation(), 60)
+    settings = dict(scaling="none", betas=(0.0, 0.98), c=c, d0=1e-3, growth_rate=growth)
+    ours = trajectory(lambda p: PSSPS(p, **settings), problem, Transformation(), 60)
     params, last = [p.clone().requires_grad_() for p in problem.start], None
     for k, expected in enumerate(ours):
         loss = problem.loss(params, k)
@@ -427,7 +436,8 @@ def test_a_loss_at_or_below_the_floor_gives_a_zero_step(loss):
 @pytest.mark.parametrize("settings, sentence", [
     ({"c": 0.0}, "c must be a finite number > 0"), ({"c": -1.0}, "c must be"), ({"c": INF}, "c must be"), ({"c": math.nan}, "c must be"),
     ({"c": "1"}, "c must be"), ({"f_star": INF}, "f_star must be a finite number"), ({"f_star": math.nan}, "f_star must be"),
-    ({"f_star": None}, "f_star must be"), ({"d0": -1.0}, "d0 must be > 0"), ({"d0": 0.0}, "d0 must be > 0"), ({"d0": math.nan}, "d0 must be"),
+    ({"f_star": None}, "f_star must be"), ({"d0": -1.0}, "d0 must be > 0"), ({"d0": 0.0}, "d0 must be > 0"),
+    ({"d0": math.nan}, "d0 must be"),
     ({"growth_rate": 0.99}, "growth_rate must be ≥ 1"), ({"growth_rate": math.nan}, "growth_rate must be"),
     ({"betas": (1.0, 0.9)}, r"betas\[0\] must be in \[0, 1\)"), ({"betas": (0.9, -0.1)}, r"betas\[1\] must be in"),
     ({"lr": -1.0}, "lr must be a finite number ≥ 0"), ({"eps": INF}, "eps must be a finite number"),

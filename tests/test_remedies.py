@@ -295,7 +295,7 @@ def paths(model, shape):
                     at = place * layer.stride[0] + k - layer.padding[0]
                     if 0 <= at < shape[-1]:
                         inputs.append(((channel, i, k), (i, at)))
-        found = [p + [(f"{name}.weight", index)] for index, unit in inputs for p in to(depth - 1, unit)]
+        found = [[*p, (f"{name}.weight", index)] for index, unit in inputs for p in to(depth - 1, unit)]
         return found + ([[(f"{name}.bias", (channel,))]] if layer.bias is not None else [])
 
     return [p for unit in range(modules[-1][1].out_features) for p in to(len(modules) - 1, unit)]

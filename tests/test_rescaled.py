@@ -361,7 +361,7 @@ def test_row_6_the_package_d_adapt_sgd_where_the_definitions_coincide():
     (lambda p, d0: PSDASGD(p, d0=d0, per="model", scaling="none", betas=(0.0, 0.98)), [1.0] * STEPS),  # averages, not sums
 ], ids=["norms", "factor", "averages"])
 def test_row_6_and_where_they_do_not(mine, norms):
-    (x, y), (d, e) = d_adapt_package(mine, norms)
+    _, (d, e) = d_adapt_package(mine, norms)
     assert abs(d - e) > 1e-2 * e
 
 

@@ -268,7 +268,8 @@ def test_embeddings_are_given_larger_distances_than_attention_and_perceptrons(ta
     for r in benchmark.best(records(task), "test")["psdasgd-tensor"]:
         of = dict(zip(r.block_names, r.distance[-1], strict=True))
         mean = {kind: np.exp(np.mean([math.log(of[n]) for n in of if n.endswith(kind)])) for kind in (
-            ("token.weight", "position.weight"), ("query.weight", "key.weight", "value.weight", "out.weight"), ("up.weight", "down.weight"))}
+            ("token.weight", "position.weight"), ("query.weight", "key.weight", "value.weight", "out.weight"),
+            ("up.weight", "down.weight"))}
         embeddings, attention, perceptrons = mean.values()
         assert embeddings > 10 * attention and attention > perceptrons
 

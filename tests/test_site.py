@@ -167,7 +167,8 @@ def test_external_requests_are_seen(html):
 
 def test_local_requests_and_plain_links_pass():
     html = ('<script src="../_static/x.js"></script><link rel="canonical" href="https://example.org/">'
-            '<img src="data:image/png;base64,ab//cd==" alt="x"><a href="https://example.org">x</a><style>a { background: url(x.png) } /* https://x */</style>')
+            '<img src="data:image/png;base64,ab//cd==" alt="x"><a href="https://example.org">x</a>'
+            '<style>a { background: url(x.png) } /* https://x */</style>')
     assert external_requests(parse(html)) == []
 
 

@@ -202,7 +202,7 @@ def test_who_is_first_and_who_never_fails():
     first = {task: min(names, key=lambda c: at_best(task, c).mean()) for task in TASKS}
     assert all(first[task] in ("adamw", "adamw-0.98") for task in TASKS[:3])
     assert [first[task] for task in TASKS[3:]] == ["psdasgd-tensor", "ps-sps", "psdasgd-tensor"]
-    fails = {c: 0 for c in names}
+    fails = dict.fromkeys(names, 0)
     for task in TASKS:
         furthest = max(GUESS - at_best(task, c).mean() for c in names)
         for c in names:
@@ -238,7 +238,8 @@ def test_in_vgg_with_batch_norm_the_distances_stand_still_and_on_the_digits_they
     learned = [r for r in experiments.collect("blocks-mnist1d-resnet") if r.spec.contender == "psdasgd-tensor"]
     for r in learned:
         parameters = built("mnist1d-resnet", seed=r.spec.seed).parameters()
-        grown = [d / p.detach().square().mean().sqrt().item() * 2**8 for p, d in zip(parameters, r.distance[-1], strict=True) if p.dim() > 1]
+        pairs = zip(parameters, r.distance[-1], strict=True)
+        grown = [d / p.detach().square().mean().sqrt().item() * 2**8 for p, d in pairs if p.dim() > 1]
         assert min(grown) > 1.5
 
 

@@ -46,7 +46,8 @@ COLOURS = {"cat": (250, 10, 10), "airplane": (10, 250, 10), "truck": (10, 10, 25
 def photographs(of=6):
     """path → JPEG, of one colour a class."""
     return {
-        f"{split}/{label}/{i:04d}.jpg": jpeg(colour) for split, n in (("train", of), ("test", 2)) for label, colour in COLOURS.items() for i in range(n)
+        f"{split}/{label}/{i:04d}.jpg": jpeg(colour)
+        for split, n in (("train", of), ("test", 2)) for label, colour in COLOURS.items() for i in range(n)
     }
 
 

@@ -92,7 +92,10 @@ def induction_step(**wrong):
     q, b1, b2, b3, gamma = sp.symbols("q beta1 beta2 beta3 gamma", positive=True)
     state = {name: sp.symbols(f"{name}1:3", positive=True) for name in ("g", "v", "vhat", "A", "s", "m", "x0", "x")}
     state |= {name: (sp.Symbol(name, positive=True),) for name in ("N", "delta", "w")}
-    factor = dict(g=c * u, v=(c * u) ** 2, vhat=(c * u) ** 2, A=(c * u) ** q, s=1 / u, m=c, x0=1 / u, x=1 / u, N=u**-2, delta=1 / u, w=1 / (c * u**2))
+    factor = dict(
+        g=c * u, v=(c * u) ** 2, vhat=(c * u) ** 2, A=(c * u) ** q, s=1 / u, m=c, x0=1 / u, x=1 / u, N=u**-2, delta=1 / u,
+        w=1 / (c * u**2),
+    )
     factor |= {name: value(c, u) for name, value in wrong.items()}
 
     def step(t):
@@ -148,7 +151,7 @@ def test_two_steps_written_out_and_in_pslib():
     other, _ = two_steps(sp.Rational(7, 3), sp.Rational(1, 5), 11)
     for p, q, unit in zip(other, ones, (*2 * [sp.Rational(7, 3)], sp.Rational(1, 5), sp.Rational(7, 3), sp.Rational(1, 5)), strict=True):
         assert abs(p * unit / q - 1) < 1e-35
-    x = [nn.Parameter(torch.tensor([float(v) for v in start[:2]], dtype=torch.float64)), nn.Parameter(torch.tensor([float(start[2])], dtype=torch.float64))]
+    x = [nn.Parameter(torch.tensor([float(v) for v in values], dtype=torch.float64)) for values in (start[:2], start[2:3])]
     opt = PSDASGD(x, betas=(0.5, 0.25), d0=0.01)
     for _ in range(2):
         opt.zero_grad()
@@ -372,7 +375,8 @@ def test_decay_is_a_pure_number():
     runs = []
     for at in ([], ["0"]):
         factors = {}
-        run = train(NETWORKS["mlp"], RateTimesDecay, steps=STEPS, evaluations=1, prepare=lambda m: factors.update(rescale(m, at, 2.0**8) if at else {}))
+        prepare = lambda m, at=at, factors=factors: factors.update(rescale(m, at, 2.0**8) if at else {})  # noqa: E731
+        run = train(NETWORKS["mlp"], RateTimesDecay, steps=STEPS, evaluations=1, prepare=prepare)
         runs.append((run.losses, {n: p.detach() / factors.get(n, 1) for n, p in run.model.named_parameters()}))
     assert not same(*runs)
 
@@ -428,7 +432,9 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.A), self.B)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(units="tensor"), dict(units="neuron"), dict(per="model", units="tensor"), dict(per="module")], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(), dict(units="tensor"), dict(units="neuron"), dict(per="model", units="tensor"), dict(per="module"),
+], ids=str)
 def test_a_low_rank_pair_trains(settings):
     g = torch.Generator().manual_seed(1)
     x, model = torch.randn(50, 6, generator=g), LowRank()
@@ -471,7 +477,9 @@ def late(kind, per, c=1.0, steps=30, zero=False):
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("kind, per", [(None, "tensor"), ("tensor", "tensor"), ("tensor", "model"), ("neuron", "model"), ("tensor", "module")])
+@pytest.mark.parametrize("kind, per", [
+    (None, "tensor"), ("tensor", "tensor"), ("tensor", "model"), ("neuron", "model"), ("tensor", "module"),
+])
 def test_tensors_that_appear_late(kind, per, zero):
     one, other = late(kind, per, zero=zero), late(kind, per, 2.0**9, zero=zero)
     assert all(torch.equal(p, other[n]) for n, p in one.items())
@@ -481,7 +489,9 @@ def test_tensors_that_appear_late(kind, per, zero):
 # --- state --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("settings", [dict(units="tensor"), dict(units="neuron"), dict(units="neuron", per="model"), dict(units="tensor", per="module")], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(units="tensor"), dict(units="neuron"), dict(units="neuron", per="model"), dict(units="tensor", per="module"),
+], ids=str)
 def test_state_goes_through_a_dictionary(settings, dtype):
     data = tasks.get("digits-mlp").load()
     x, y = data.x_train[:100].to(dtype), data.y_train[:100]
