@@ -136,11 +136,12 @@ void NAME(observe)(
       if (has) LOOK(1, 0, 0, 1, rest_g, v); \
     }
     if (!g) { PASS(0, 0, 0) }
+    else if (ratio && eps == 0) { PASS(1, 1, 1) }
     else if (ratio) { PASS(1, 1, 0) }
     else if (eps == 0) { PASS(1, 0, 1) }
     else { PASS(1, 0, 0) }
     for (int s = 0; s < 4; s++) partial[4 * c + s] = total(acc[s]);
-    if (g && !ratio && eps == 0) partial[4 * c + 2] = partial[4 * c + 1];
+    if (g && eps == 0) partial[4 * c + 2] = partial[4 * c + 1];
   }
 }
 
@@ -196,7 +197,10 @@ void NAME(move)(
       if (kept) memcpy(s + j, rs, left * sizeof(T)); \
     }
     if (!s && g) {
-      for (; i < whole; i += LANES) GO(1, 0);
+      for (; i < whole; i += LANES) {
+        AHEAD(g + i); AHEAD_TO_WRITE(x + i); AHEAD_TO_WRITE(m + i); AHEAD_TO_WRITE(v + i);
+        GO(1, 0);
+      }
       REST(1, 0)
     } else if (s && !g) {
       for (; i < whole; i += p * LANES, j += LANES) GO(0, 1);
