@@ -244,6 +244,18 @@ def advance(optim_info, optimizer, closure, steps=1):
     return loss
 
 
+def twenty_steps(optim_info, optimizer, problem, schedulers):
+    """The loss before and after twenty steps under the schedules."""
+    schedules = [make(optimizer) for make in schedulers]
+    closure = problem.closure(optimizer)
+    before = closure().item()
+    for _ in range(20):
+        loss = advance(optim_info, optimizer, closure)
+        for schedule in schedules:
+            schedule.step(*([loss.detach()] if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else []))
+    return before, closure().item()
+
+
 def named(params, names: bool):
     return [(f"name{i}", p) for i, p in enumerate(params)] if names else params
 
@@ -307,14 +319,7 @@ class TorchOptimizerTests(TestCase):
                 continue  # the fast path says that it needs memory without gaps
             problem = Squares(device, dtype, contiguous)
             optimizer = optim_info.optim_cls(problem.params, **kwargs)
-            schedules = [make(optimizer) for make in schedulers]
-            closure = problem.closure(optimizer)
-            before = closure().item()
-            for _ in range(20):
-                loss = advance(optim_info, optimizer, closure)
-                for schedule in schedules:
-                    schedule.step(*([loss.detach()] if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else []))
-            after = closure().item()
+            before, after = twenty_steps(optim_info, optimizer, problem, schedulers)
             (self.assertGreater if kwargs.get("maximize") else self.assertLess)(after, before, kwargs)
 
     @parametrize("contiguous", [True, False])
@@ -331,14 +336,8 @@ class TorchOptimizerTests(TestCase):
         for schedulers in optim_info.scheduler_inputs:
             problem = Squares(device, dtype, second=(10, 5))
             optimizer = optim_info.optim_cls([{"params": problem.params[:1]}, {"params": problem.params[1:], "lr": 0.01}])
-            schedules = [make(optimizer) for make in schedulers]
-            closure = problem.closure(optimizer)
-            before = closure().item()
-            for _ in range(20):
-                loss = advance(optim_info, optimizer, closure)
-                for schedule in schedules:
-                    schedule.step(*([loss.detach()] if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else []))
-            self.assertLess(closure().item(), before)
+            before, after = twenty_steps(optim_info, optimizer, problem, schedulers)
+            self.assertLess(after, before)
             self.assertLess(optimizer.param_groups[1]["lr"], 0.011)
 
     @parametrize("num_dim", [0, 1, 2])
