@@ -741,6 +741,22 @@ def test_what_the_optimizer_shows():
         assert torch.allclose((p - q).abs(), eta.expand_as(p))  # |m̂|/α² = 1 at the first step
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("steps, sign, said", [(100, -1, 1), (99, -1, 0), (100, 1, 0)], ids=["circling", "early", "going on"])
+def test_a_distance_that_never_grew_is_worth_a_word_once(steps, sign, said, fused):
+    """Gradients that change their sign say nothing about the way; those that keep it do."""
+    x = nn.Parameter(torch.ones(20))
+    opt = PSDASGD([x], fused=fused)
+    for k in range(steps):
+        x.grad = torch.full_like(x, sign**k)
+        opt.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.state_dict()
+    assert [f"after {steps} steps no distance has grown" in str(w.message) for w in caught] == [True] * said
+
+
 def test_maximize_climbs():
     down, up = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     a, b = PSDASGD([down]), PSDASGD([up], maximize=True)

@@ -23,8 +23,8 @@ SETTINGS = {
 }
 
 
-def trained(make, dtype, steps=12, missing=True):
-    """Parameters and state after steps with given gradients; some are missing at some steps."""
+def trained(make, dtype):
+    """Parameters and optimizer after twelve steps with given gradients; some are missing at some steps."""
     generator = torch.Generator().manual_seed(0)
 
     def random(shape):
@@ -33,9 +33,9 @@ def trained(make, dtype, steps=12, missing=True):
     params = [nn.Parameter(random(shape)) for shape in SHAPES]
     params[-1].data = params[-1].data.to(memory_format=torch.channels_last)
     opt = make(params)
-    for k in range(steps):
+    for k in range(12):
         for i, p in enumerate(params):
-            p.grad = None if missing and (i + k) % 5 == 4 else random(p.shape) * (k + 1)
+            p.grad = None if (i + k) % 5 == 4 else random(p.shape) * (k + 1)
         opt.step(loss=float(k + 1)) if isinstance(opt, PSSPS) else opt.step()
     return params, opt
 
