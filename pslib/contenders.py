@@ -17,7 +17,7 @@ from . import remedies
 from .estimators import Blocks
 from .optimizers import PSDASGD
 
-__all__ = ["ALL", "BLOCKS", "CONTENDERS", "REMEDIES", "AnyBlock", "Contender", "make", "prepare"]
+__all__ = ["ABLATIONS", "ALL", "BLOCKS", "CONTENDERS", "REMEDIES", "AnyBlock", "Contender", "make", "prepare"]
 
 
 class AnyBlock(PSDASGD):
@@ -120,7 +120,13 @@ BLOCKS = {
     "psdasgd-tensor-neuron-units": _blocks("tensor, units per neuron", per="tensor", units="neuron"),
 }
 
-ALL = {**CONTENDERS, **REMEDIES, **BLOCKS}
+# What the ablations change parts of.
+ABLATIONS = {
+    "psdasgd-variant": Contender("PS-DA-SGD, changed", "pslib.ablations", "Variant", "pslib", {}, True),
+    "scaled-dog": Contender("DoG, scaled", "pslib.ablations", "ScaledDoG", "pslib", {}, True),
+}
+
+ALL = {**CONTENDERS, **REMEDIES, **BLOCKS, **ABLATIONS}
 
 
 def prepare(name: str, model: nn.Module) -> None:

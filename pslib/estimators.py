@@ -393,14 +393,18 @@ class DAdaptation(Estimator):
         blocks.write("distance", self.learn(blocks, delta, weight, a_sq))
         return delta, outside
 
+    def shares(self, beta3: Any) -> tuple[Any, Any]:
+        """What N and s keep of themselves and take of the new term."""
+        return beta3, 1 - beta3
+
     def learn(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor) -> Tensor:
         """Add this step's gradient to N and s and return the next δ."""
         progress = blocks.part_sum(lambda e: torch.zeros_like(e.state["initial"]) if e.grad is None else e.part(e.grad) * e.moved)
         for entry, w in zip(blocks.entries, blocks.spread(weight), strict=True):
-            s, b3 = entry.state["weighted_grad_sum"], math.sqrt(entry.group["betas"][1])
-            s.mul_(b3)
+            s, (kept, new) = entry.state["weighted_grad_sum"], self.shares(math.sqrt(entry.group["betas"][1]))
+            s.mul_(kept)
             if entry.grad is not None:
-                s.add_(entry.part(entry.grad) * ((1 - b3) * w).to(s))
+                s.add_(entry.part(entry.grad) * (new * w).to(s))
         s_sq = blocks.part_sum(
             lambda e: e.state["weighted_grad_sum"] * over_scaling(e.state["weighted_grad_sum"], e.part(e.alpha_sq))
         )
@@ -408,8 +412,8 @@ class DAdaptation(Estimator):
 
     def estimate(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor, progress: Tensor, s_sq: Tensor) -> Tensor:
         """Take Σg(x₀ − x) into N and return the next δ, from ‖s/α‖²."""
-        beta3 = blocks.decay()
-        numerator = beta3 * blocks.read("distance_numerator", 0.0) + (1 - beta3) * weight * progress
+        kept, new = self.shares(blocks.decay())
+        numerator = kept * blocks.read("distance_numerator", 0.0) + new * weight * progress
         blocks.write("distance_numerator", numerator)
         bound = torch.where(s_sq > 0, numerator / (s_sq * a_sq).sqrt(), 0.0)
         if self.growth_rate < math.inf:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +165,18 @@ class _Batches:
 
 
 class _Gradients:
-    """Forward and backward for one batch; on a GPU, if the task says so, as a CUDA graph that is replayed."""
+    """Forward and backward for one batch, whole or in equal pieces; on a GPU, if the task says so, as a CUDA graph that is replayed."""
 
-    def __init__(self, task: Task, model: nn.Module, x, y: Tensor, fast: bool):
-        self.task, self.model, self.x, self.y, self.fast = task, model, x, y, fast
+    def __init__(self, task: Task, model: nn.Module, x, y: Tensor, fast: bool, pieces: int):
+        self.task, self.model, self.x, self.y, self.fast, self.pieces = task, model, x, y, fast, pieces
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _forward_backward(self, batch: Tensor) -> Tensor:
+        if self.pieces == 1:
+            return self._of(batch)
+        return torch.stack([self._of(piece) for piece in batch.chunk(self.pieces)]).mean()
+
+    def _of(self, batch: Tensor) -> Tensor:
         x = self.x[batch[:, 0]]
         if self.task.augment:
             x = augment(x, batch[:, 1:])
@@ -179,7 +184,7 @@ class _Gradients:
             x = x.contiguous(memory_format=torch.channels_last)
         with _autocast(self.fast):
             loss = self.task.loss(self.model(x), self.y[batch[:, 0]])
-        loss.backward()
+        (loss if self.pieces == 1 else loss / self.pieces).backward()
         return loss.detach()
 
     def __call__(self, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -276,6 +281,35 @@ class _Checkpoint:
         return run
 
 
+def _warmup(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    rise = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / rise) * (1 + math.cos(math.pi * k / steps)) / 2)
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, int], Any]] = {
+    "cosine": torch.optim.lr_scheduler.CosineAnnealingLR, "warmup": _warmup, "constant": lambda optimizer, steps: None,
+}
+
+
+def noisy(labels: Tensor, classes: int, probability: float, seed: int) -> Tensor:
+    """Labels, some of them drawn again at random.
+
+    Args:
+        labels: [examples], integers.
+        classes: how many there are to draw from.
+        probability: with which each label is drawn again, all classes being equally likely.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: for a probability outside [0, 1], or more than one label an example.
+    """
+    if not 0 <= probability <= 1 or labels.ndim != 1:
+        raise ValueError(f"label_noise must be a probability, not {probability}, and the task must have one label an example.")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(classes, labels.shape, generator=generator)
+    return torch.where(torch.rand(labels.shape, generator=generator) < probability, drawn, labels)
+
+
 def train(
     task: str | Task,
     optimizer: Callable[[Iterable], torch.optim.Optimizer],
@@ -283,6 +317,10 @@ def train(
     seed: int = 0,
     steps: int | None = None,
     schedule: str = "cosine",
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    clip: float = math.inf,
+    label_noise: float = 0.0,
     prepare: Callable[[nn.Module], object] | None = None,
     init_scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
@@ -300,7 +338,12 @@ def train(
         optimizer: makes the optimizer from the model's named parameters.
         seed: of the initialisation and the order of the batches.
         steps: how many (default: the task's).
-        schedule: "cosine" (to zero) or "constant", a multiplier on the optimizer's `lr`.
+        schedule: a multiplier on the optimizer's `lr`: "cosine" (to zero), "warmup" (the same, times a line from 0 to 1 over the
+            first tenth of the steps) or "constant".
+        batch_size: examples a step (default: the task's).
+        accumulate: in how many pieces, one after the other, a batch's gradient is computed.
+        clip: the largest norm that a gradient keeps; a longer one is shortened to it.
+        label_noise: the probability with which each training label is replaced by one drawn at random from all classes.
         prepare: changes the fresh model in place, before the optimizer sees it.
         init_scale: multiplies every initial parameter.
         dtype, device: of model and data; "auto" takes a GPU if there is one.
@@ -312,19 +355,26 @@ def train(
         deadline: a time (`time.time()`) after which no further step is made.
 
     Raises:
-        ValueError: for an unknown task or schedule, or no steps.
+        ValueError: for an unknown task or schedule, or a setting out of range.
         Paused: at the deadline, if there is a checkpoint to go on from.
     """
     task = get(task)
+    task = task if batch_size is None else replace(task, batch_size=batch_size)
     steps = task.steps if steps is None else steps
     evaluations = task.evaluations if evaluations is None else evaluations
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}.")
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"schedule must be 'cosine' or 'constant', not {schedule!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, not {schedule!r}.")
+    if accumulate < 1 or task.batch_size % accumulate:
+        raise ValueError(f"accumulate must divide the batch of {task.batch_size} examples into equal pieces, not into {accumulate}.")
+    if not clip > 0:
+        raise ValueError(f"clip must be > 0, not {clip}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     data = task.load()
+    if label_noise:
+        data = replace(data, y_train=noisy(data.y_train, data.classes, label_noise, seed))
     x_train, y_train, x_test, y_test = (_place(t, device, dtype) for t in (data.x_train, data.y_train, data.x_test, data.y_test))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -339,12 +389,15 @@ def train(
     if prepare is not None:
         prepare(model)
     opt = optimizer(model.named_parameters())
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps) if schedule == "cosine" else None
+    scheduler = SCHEDULES[schedule](opt, steps)
     history = History(task.name, seed, task.metric, block_names=list(getattr(opt, "block_names", [])))
     looks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    batches, gradients = _Batches(task, len(x_train), seed, device), _Gradients(task, model, x_train, y_train, fast)
+    batches, gradients = _Batches(task, len(x_train), seed, device), _Gradients(task, model, x_train, y_train, fast, accumulate)
     losses, done, start = [], 0, time.perf_counter()
-    identity = (task.name, task.batch_size, steps, seed, schedule, init_scale, dtype, device, torch.__version__, type(opt).__qualname__)
+    identity = (
+        task.name, task.batch_size, accumulate, clip, label_noise, steps, seed, schedule, init_scale, dtype, device, torch.__version__,
+        type(opt).__qualname__,
+    )
     settings = [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
     kept = None if checkpoint is None else _Checkpoint(checkpoint, model, opt, repr((identity, settings)))
     before = kept.load() if kept else None
@@ -365,6 +418,8 @@ def train(
     for k in range(done + 1, steps + 1):
         loss = gradients(batches.next(), opt)
         losses.append(loss.reshape(1))
+        if clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         try:
             step(opt, loss)
         except (AssertionError, ArithmeticError):
