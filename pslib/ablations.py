@@ -46,14 +46,14 @@ class Changed(DAdaptation):
     """The distance estimate of `DAdaptation` with parts changed; the arguments are those of `Variant`."""
 
     def __init__(
-        self, original: DAdaptation, weights: str, beta3: float | None, travel: float, cap: float | None, storage: torch.dtype
+        self, original: DAdaptation, weights: str, beta3: float | None, travel: float, cap: float | None, storage: torch.dtype | None
     ):
         super().__init__(original.d0, original.growth_rate, original.relative)
         self.weights, self.beta3, self.travel, self.cap, self.storage = weights, beta3, travel, cap, storage
         self.needs_loss = cap is not None
 
     def _stored(self, values: Tensor) -> Tensor:
-        return values.to(self.storage).to(values.dtype)
+        return values if self.storage is None else values.to(self.storage).to(values.dtype)
 
     def shares(self, beta3: Any) -> tuple[Any, Any]:
         """As given: 1 keeps plain sums."""
@@ -111,7 +111,7 @@ class Variant(PSDASGD):
         beta3: the memory of N and s (default √β₂); 1 makes plain sums of them.
         travel: δ is at least so many times rms distance gone/√Σγ²; 1 is what a random walk with steps δ would show, 0 is off.
         cap: the whole step is shortened where it expects the loss to fall by more than loss/cap (its floor being 0).
-        storage: the precision in which x₀ and s are kept.
+        storage: the precision in which x₀ and s are kept (default: that of v).
         scaling, settings: for `PSDASGD`.
 
     Raises:
@@ -122,14 +122,14 @@ class Variant(PSDASGD):
 
     def __init__(
         self, params: Any, *, refresh: int = 1, frozen: int | None = None, weights: str = "distance", beta3: float | None = None,
-        travel: float = 0.0, cap: float | None = None, storage: str = "float32", scaling: str = "adam", **settings: Any,
+        travel: float = 0.0, cap: float | None = None, storage: str | None = None, scaling: str = "adam", **settings: Any,
     ):
         require(weights in WEIGHTS, f"weights must be one of {', '.join(map(repr, WEIGHTS))}, not {weights!r}.")
         require(beta3 is None or 0 <= beta3 <= 1, f"beta3 must be in [0, 1], not {beta3!r}.")
         chosen: scalings.Scaling = scalings.NAMES[scaling](refresh)
         super().__init__(params, scaling=chosen if frozen is None else Frozen(chosen, frozen), fused=False, **settings)
         assert isinstance(self.estimator, DAdaptation)
-        self.estimator = Changed(self.estimator, weights, beta3, travel, cap, getattr(torch, storage))
+        self.estimator = Changed(self.estimator, weights, beta3, travel, cap, None if storage is None else getattr(torch, storage))
 
 
 class DoG(Estimator):

@@ -28,7 +28,7 @@ from pslib.experiments import (
     rerun,
     twin_distance,
 )
-from pslib.training import Paused
+from pslib.training import Paused, train
 
 TINY = [RunSpec("digits-mlp", "adamw", "adamw", {"lr": lr}, seed=s) for s in (0, 1) for lr in (1e-2, 1e-4)]
 
@@ -203,6 +203,27 @@ def test_a_run_with_its_own_number_of_steps_has_its_own_file():
     long, short = RunSpec("digits-mlp", "adam", "adam"), RunSpec("digits-mlp", "adam", "adam", steps=7)
     assert long.slug != short.slug
     assert len(experiments._run(short, "cpu").losses) == 7
+
+
+def test_a_run_is_trained_as_its_declaration_says(tmp_path):
+    settings = ("digits-mlp", "sgd", "sgd", {"lr": 0.5})
+    plain, clipped = RunSpec(*settings, steps=7), RunSpec(*settings, steps=7, how={"clip": 0.01})
+    made = [load(record(spec, "cpu", tmp_path)) for spec in (plain, clipped)]
+    assert plain.slug != clipped.slug and made[1].spec == clipped
+    expected = train("digits-mlp", lambda p: contenders.make("sgd", p, lr=0.5), steps=7, clip=0.01).final_loss
+    # A record keeps six digits.
+    assert made[1].final_loss == pytest.approx(expected, rel=1e-5) and abs(made[0].final_loss - expected) > 0.02
+
+
+def test_every_condition_has_every_method_and_changes_what_it_says():
+    for task, rates in experiments.CONDITION_RATES.items():
+        runs = EXPERIMENTS[f"conditions-{task}"]
+        for name in experiments.CONDITIONS:
+            there = [s for s in runs if {"steps": s.steps, "how": s.how} == experiments.condition(task, name)]
+            wanted = 0 if name == "noise" and tasks.get(task).metric == "loss" else 3 * (3 + len(rates))
+            assert len(there) == wanted, (task, name)
+    assert experiments.condition("digits-vit", "quarter") == {"steps": None, "how": {"batch_size": 12}}
+    assert experiments.condition("mnist1d-cnn3", "long") == {"steps": 1600, "how": {}}
 
 
 def test_declared_runs_have_files_of_their_own_and_fit_in_json():

@@ -8,7 +8,7 @@ import torch
 
 from pslib import PSDASGD, PSSPS, datasets, tasks
 from pslib.contenders import make
-from pslib.training import SHIFT, Paused, _Batches, _place, augment, train, train_seeds
+from pslib.training import SHIFT, Paused, _Batches, _place, augment, noisy, train, train_seeds
 
 
 def adam(params):
@@ -57,7 +57,7 @@ def test_an_unknown_task_is_named_with_the_choices():
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="schedule must be 'cosine' or 'constant', not 'linear'"):
+    with pytest.raises(ValueError, match="schedule must be one of 'cosine', 'warmup', 'constant', not 'linear'"):
         train("digits-mlp", adam, steps=1, schedule="linear")
 
 
@@ -98,6 +98,88 @@ def test_cosine_ends_at_zero_and_constant_does_not_move():
     for schedule, last in (("cosine", 0.0), ("constant", 1e-2)):
         history = train("digits-mlp", adam, steps=10, schedule=schedule)
         assert history.optimizer.param_groups[0]["lr"] == pytest.approx(last, abs=1e-12)
+
+
+def test_warmup_is_the_cosine_times_a_line_over_the_first_tenth():
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    train("digits-mlp", lambda params: Watched([p for _, p in params], lr=1.0), steps=40, schedule="warmup")
+    cosine = [(1 + math.cos(math.pi * k / 40)) / 2 for k in range(40)]
+    assert rates == pytest.approx([cosine[k] * min(1, (k + 1) / 4) for k in range(40)], rel=1e-12)
+
+
+def test_a_batch_in_pieces_gives_the_gradient_of_the_whole_batch():
+    whole, pieces, quarter = (
+        train("digits-mlp", adam, steps=12, dtype=torch.float64, **how)
+        for how in ({}, {"accumulate": 5}, {"batch_size": 10})
+    )
+    # The same numbers are added in another order.
+    assert torch.allclose(whole.losses, pieces.losses, rtol=1e-9, atol=0)
+    assert not torch.allclose(whole.losses, quarter.losses, rtol=1e-2)
+
+
+def test_pieces_that_are_not_equal_are_refused():
+    with pytest.raises(ValueError, match="accumulate must divide the batch of 50 examples into equal pieces, not into 4"):
+        train("digits-mlp", adam, steps=1, accumulate=4)
+
+
+def test_a_batch_has_as_many_examples_as_asked_for():
+    seen = []
+
+    def prepare(model):
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+
+    train("digits-mlp", adam, steps=3, batch_size=7, evaluations=1, prepare=prepare)
+    assert seen[:3] == [7, 7, 7]
+
+
+def test_clipping_bounds_the_length_of_a_gradient_and_nothing_else():
+    lengths = {}
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            lengths.setdefault(now, []).append(torch.cat([g.flatten() for g in grads]).norm().item())
+            return super().step(closure)
+
+    losses = {}
+    for now in (math.inf, 1e6, 0.25):
+        losses[now] = train("digits-mlp", lambda params: Watched([p for _, p in params], lr=0.1), steps=10, clip=now).losses
+    assert torch.equal(losses[math.inf], losses[1e6]) and not torch.equal(losses[math.inf], losses[0.25])
+    # clip_grad_norm_ adds 1e-6 to the length that it divides by.
+    assert max(lengths[math.inf]) > 0.3 and max(lengths[0.25]) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+def test_a_clip_that_is_no_length_is_refused(clip):
+    with pytest.raises(ValueError, match="clip must be > 0"):
+        train("digits-mlp", adam, steps=1, clip=clip)
+
+
+def test_label_noise_draws_that_share_of_the_training_labels_again():
+    labels = torch.arange(5000) % 10
+    drawn = noisy(labels, 10, 0.3, seed=1)
+    # 0.3 · 9/10 of 5,000 labels differ, give or take five standard deviations.
+    assert abs((drawn != labels).double().mean().item() - 0.27) < 5 * math.sqrt(0.27 * 0.73 / 5000)
+    # All classes are drawn about as often.
+    assert (torch.bincount(drawn[drawn != labels], minlength=10) > 80).all()
+    assert torch.equal(drawn, noisy(labels, 10, 0.3, seed=1)) and not torch.equal(drawn, noisy(labels, 10, 0.3, seed=2))
+    assert torch.equal(labels, noisy(labels, 10, 0.0, seed=1))
+
+
+def test_with_labels_that_are_all_noise_nothing_can_be_learned_and_the_test_set_stays_clean():
+    runs = [train("digits-mlp", adam, steps=150, label_noise=share) for share in (0.0, 1.0)]
+    assert runs[0].final_metric > 0.9 and runs[1].final_metric < 0.3
+
+
+def test_label_noise_needs_one_label_an_example():
+    with pytest.raises(ValueError, match="the task must have one label an example"):
+        train("chars-transformer", adam, steps=1, label_noise=0.1)
 
 
 def test_prepare_and_init_scale_change_the_start_and_nothing_else():
