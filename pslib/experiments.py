@@ -325,9 +325,7 @@ CANDIDATES: dict[str, tuple[str, dict, dict]] = {
     "try-growth": ("psdasgd-tensor", {"growth_rate": 2 ** (1 / 20)}, {}),
     "try-cap": ("psdasgd-variant", {"cap": 0.2}, {}),
     "try-square": ("psdasgd-variant", {"weights": "square"}, {}),
-    "try-travel-1": ("psdasgd-variant", {"travel": 1.0}, {}),
-    "try-travel-1.5": ("psdasgd-variant", {"travel": 1.5}, {}),
-    "try-travel-2": ("psdasgd-variant", {"travel": 2.0}, {}),
+    **{f"try-travel-{value:g}": ("psdasgd-variant", {"travel": value}, {}) for value in (1.0, 1.5, 2.0, 3.0, 4.0)},
     "try-bfloat16": ("psdasgd-variant", {"storage": "bfloat16"}, {}),
 }
 
