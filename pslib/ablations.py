@@ -46,10 +46,10 @@ class Changed(DAdaptation):
     """The distance estimate of `DAdaptation` with parts changed; the arguments are those of `Variant`."""
 
     def __init__(
-        self, original: DAdaptation, weights: str, beta3: float | None, travel: float, cap: float | None, storage: torch.dtype | None
+        self, original: DAdaptation, weights: str, beta3: float | None, cap: float | None, storage: torch.dtype | None
     ):
-        super().__init__(original.d0, original.growth_rate, original.relative)
-        self.weights, self.beta3, self.travel, self.cap, self.storage = weights, beta3, travel, cap, storage
+        super().__init__(original.d0, original.growth_rate, original.relative, original.travel)
+        self.weights, self.beta3, self.cap, self.storage = weights, beta3, cap, storage
         self.needs_loss = cap is not None
 
     def _stored(self, values: Tensor) -> Tensor:
@@ -64,8 +64,6 @@ class Changed(DAdaptation):
     def start(self, entry: Entry) -> None:
         super().start(entry)
         entry.state["initial"] = self._stored(entry.state["initial"])
-        if self.travel:
-            entry.state["schedule_sq"] = 0.0
 
     def weigh(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As in `DAdaptation`, with another weight."""
@@ -84,19 +82,11 @@ class Changed(DAdaptation):
         return delta, outside * (loss.to(torch.float64) / expected).nan_to_num(nan=1.0).clamp(0, 1)
 
     def learn(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor) -> Tensor:
-        """As in `DAdaptation`; with `travel`, δ is at least as large as the way gone so far says."""
+        """As in `DAdaptation`, and s is rounded to what is stored of it."""
         learned = super().learn(blocks, delta, weight, a_sq)
         for e in blocks.entries:
             e.state["weighted_grad_sum"] = self._stored(e.state["weighted_grad_sum"])
-        if not self.travel:
-            return learned
-        # A random walk of steps γ_iδ goes δ√Σγ_i² far.
-        steps = blocks.largest(lambda e: e.state["schedule_sq"])
-        for e in blocks.entries:
-            e.state["schedule_sq"] += float(e.group["lr"]) ** 2
-        gone = blocks.part_sum(lambda e: e.moved.square() * e.part(e.alpha_sq))
-        walked = torch.where((a_sq > 0) & (steps > 0), (gone / (a_sq * steps)).sqrt(), 0.0)
-        return torch.maximum(learned, self.travel * walked)
+        return learned
 
 
 class Variant(PSDASGD):
@@ -109,7 +99,6 @@ class Variant(PSDASGD):
         weights: of a step in N and s: "distance" (δ, the optimizer's own), "square" (δ², Prodigy's), "uniform" (without δ) or
             "growing" (δ√k); all times γ/(aG).
         beta3: the memory of N and s (default √β₂); 1 makes plain sums of them.
-        travel: δ is at least so many times rms distance gone/√Σγ²; 1 is what a random walk with steps δ would show, 0 is off.
         cap: the whole step is shortened where it expects the loss to fall by more than loss/cap (its floor being 0).
         storage: the precision in which x₀ and s are kept (default: that of v).
         scaling, settings: for `PSDASGD`.
@@ -122,14 +111,14 @@ class Variant(PSDASGD):
 
     def __init__(
         self, params: Any, *, refresh: int = 1, frozen: int | None = None, weights: str = "distance", beta3: float | None = None,
-        travel: float = 0.0, cap: float | None = None, storage: str | None = None, scaling: str = "adam", **settings: Any,
+        cap: float | None = None, storage: str | None = None, scaling: str = "adam", **settings: Any,
     ):
         require(weights in WEIGHTS, f"weights must be one of {', '.join(map(repr, WEIGHTS))}, not {weights!r}.")
         require(beta3 is None or 0 <= beta3 <= 1, f"beta3 must be in [0, 1], not {beta3!r}.")
         chosen: scalings.Scaling = scalings.NAMES[scaling](refresh)
         super().__init__(params, scaling=chosen if frozen is None else Frozen(chosen, frozen), fused=False, **settings)
         assert isinstance(self.estimator, DAdaptation)
-        self.estimator = Changed(self.estimator, weights, beta3, travel, cap, None if storage is None else getattr(torch, storage))
+        self.estimator = Changed(self.estimator, weights, beta3, cap, None if storage is None else getattr(torch, storage))
 
 
 class DoG(Estimator):

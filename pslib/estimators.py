@@ -277,10 +277,15 @@ class Blocks:
 
 
 class Estimator:
-    """Base class.  `needs_loss` says whether `rate` must be given the loss, `f_star` its lowest value."""
+    """Base class.
+
+    `needs_loss` says whether `rate` must be given the loss, `f_star` its lowest value; `kept` names the block numbers that the
+    estimator keeps besides the rate and the distance.
+    """
 
     needs_loss = False
     f_star = 0.0
+    kept: tuple[str, ...] = ()
 
     def start(self, entry: Entry) -> None:
         """Make the parameter's buffers at its first gradient."""
@@ -312,6 +317,7 @@ class Polyak(Estimator):
     """
 
     needs_loss = True
+    kept = ("polyak_bound",)
 
     def __init__(self, c: float, f_star: float, d0: float, growth_rate: float):
         self.c, self.f_star, self.d0, self.growth_rate = c, f_star, d0, growth_rate
@@ -353,13 +359,16 @@ class DAdaptation(Estimator):
             root mean square for `per="tensor"` (> 0).
         growth_rate: the estimate grows at most by this factor a step (> 1; `inf`: no bound).
         relative: whether d0 is relative to each block's own scale.
+        travel: the estimate is at least so many times rms|x − x₀|/√Σγ², α²-weighted: with 1, what a random walk of steps γδ
+            would show.  0 turns this off; otherwise the estimate is no lower bound any more.
 
     A block that starts at zero has no scale of its own.  Its unit is then e/rms(g), with e the mean over the
     blocks that do have one of rms(x₀)·rms(g), taken at its first nonzero gradient; if no block has one, it is 1.
     """
 
-    def __init__(self, d0: float, growth_rate: float, relative: bool):
-        self.d0, self.growth_rate, self.relative = d0, growth_rate, relative
+    def __init__(self, d0: float, growth_rate: float, relative: bool, travel: float = 0.0):
+        self.d0, self.growth_rate, self.relative, self.travel = d0, growth_rate, relative, travel
+        self.kept = ("distance_numerator", "first_distance", *(("schedule_sq",) if travel else ()))
 
     def start(self, entry: Entry) -> None:
         unit = entry.group.get("unit")
@@ -408,14 +417,22 @@ class DAdaptation(Estimator):
         s_sq = blocks.part_sum(
             lambda e: e.state["weighted_grad_sum"] * over_scaling(e.state["weighted_grad_sum"], e.part(e.alpha_sq))
         )
-        return self.estimate(blocks, delta, weight, a_sq, progress, s_sq)
+        gone = blocks.part_sum(lambda e: e.moved.square() * e.part(e.alpha_sq)) if self.travel else None
+        return self.estimate(blocks, delta, weight, a_sq, progress, s_sq, gone)
 
-    def estimate(self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor, progress: Tensor, s_sq: Tensor) -> Tensor:
-        """Take Σg(x₀ − x) into N and return the next δ, from ‖s/α‖²."""
+    def estimate(
+        self, blocks: Blocks, delta: Tensor, weight: Tensor, a_sq: Tensor, progress: Tensor, s_sq: Tensor, gone: Tensor | None
+    ) -> Tensor:
+        """Take Σg(x₀ − x) into N and return the next δ, from ‖s/α‖² and, with `travel`, ‖α∘(x₀ − x)‖²."""
         kept, new = self.shares(blocks.decay())
         numerator = kept * blocks.read("distance_numerator", 0.0) + new * weight * progress
         blocks.write("distance_numerator", numerator)
         bound = torch.where(s_sq > 0, numerator / (s_sq * a_sq).sqrt(), 0.0)
+        if gone is not None:
+            steps = blocks.read("schedule_sq", 0.0)
+            walked = torch.where((a_sq > 0) & (steps > 0), (gone / (a_sq * steps)).sqrt(), 0.0)
+            bound = torch.maximum(bound, self.travel * walked)
+            blocks.write("schedule_sq", steps + torch.where(blocks.gradient_squares() > 0, blocks.multiplier().square(), 0.0))
         if self.growth_rate < math.inf:
             bound = torch.minimum(self.growth_rate * delta, bound)
         return torch.maximum(delta, bound)

@@ -330,6 +330,14 @@ CANDIDATES: dict[str, tuple[str, dict, dict]] = {
 }
 
 
+def _travel(task: str, seeds: int) -> list[RunSpec]:
+    """The best candidate and the one beside it under all conditions; what they are compared with is in conditions-…"""
+    return [
+        replace(spec, contender=f"travel-{value:g}", settings={"travel": value}) for value in (1.5, 2.0)
+        for spec in _conditions(task, seeds) if spec.contender == "psdasgd-tensor"
+    ]
+
+
 def _candidates(task: str, seeds: int) -> list[RunSpec]:
     """The candidates; what they are compared with is in the benchmark."""
     return [
@@ -371,6 +379,7 @@ EXPERIMENTS: dict[str, list[RunSpec]] = {
     **{f"grid-{task}": _grid(task) for task in ABLATED},
     **{f"estimate-{task}": _estimate(task) for task in ABLATED},
     **{f"conditions-{task}": _conditions(task, 3) for task in CONDITION_RATES},
+    **{f"travel-{task}": _travel(task, 3) for task in CONDITION_RATES},
     **{f"candidates-{task}": _candidates(task, 3) for task in RUN_TASKS},
 }
 

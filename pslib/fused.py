@@ -83,7 +83,7 @@ class Passes:
         return [t.sum(dtype=torch.float64) for t in terms]
 
     def move(self, xs: list[Tensor], grads: list[Tensor | None]) -> Tensor:
-        """[tensors, 2]: Σg(x₀ − x) and Σs²/α²; and the step is taken, unless it is skipped."""
+        """[tensors, 3]: Σg(x₀ − x), Σs²/α² and Σα²(x₀ − x)²; and the step is taken, unless it is skipped."""
         return torch.stack([torch.stack(self._move(i, x, g)) for i, (x, g) in enumerate(zip(xs, grads, strict=True))])
 
     def _move(self, i: int, x: Tensor, g: Tensor | None) -> list[Tensor]:
@@ -96,13 +96,15 @@ class Passes:
             ug = k[U] * g
             new_v = k[BETA2] * v + k[NEW2] * (ug * ug)
         alpha_sq = new_v.sqrt() * k[R] + k[EPS]
-        sums = [alpha_sq.new_zeros((), dtype=torch.float64)] * 2
+        sums = [alpha_sq.new_zeros((), dtype=torch.float64)] * 3
         if self.plan.learns:
             s = k[BETA3] * state["weighted_grad_sum"]
+            gone, sliced = state["initial"].to(v.dtype) - part(old, stride), part(alpha_sq, stride)
             if g is not None:
                 s = s + k[NEW3] * part(ug, stride)
-                sums[0] = (k[SIGN] * part(g, stride) * (state["initial"].to(v.dtype) - part(old, stride))).sum(dtype=torch.float64)
-            sums[1] = (s * over_scaling(s, part(alpha_sq, stride))).sum(dtype=torch.float64)
+                sums[0] = (k[SIGN] * part(g, stride) * gone).sum(dtype=torch.float64)
+            sums[1] = (s * over_scaling(s, sliced)).sum(dtype=torch.float64)
+            sums[2] = (gone * gone * sliced).sum(dtype=torch.float64)
             state["weighted_grad_sum"].copy_(torch.where(ok, s, state["weighted_grad_sum"]))
         if g is not None:
             new_m = k[BETA1] * m + k[NEW1] * ug
@@ -283,8 +285,7 @@ class Plan:
         self.sizes = self._vector([distributed.numel(p) * (2 if p.is_complex() else 1) for p in self.tensors])
         units = [self.optimizer.param_groups[g].get("unit") for g in self.groups]
         self.given = self._vector([math.nan if u is None else float(u) for u in units])
-        own = ("distance_numerator", "first_distance") if self.learns else ("polyak_bound",)
-        names = ("step", "rate", "distance", "initial_sq", *own, *(("unit",) if self.optimizer.units else ()))
+        names = ("step", "rate", "distance", "initial_sq", *self.optimizer.estimator.kept, *(("unit",) if self.optimizer.units else ()))
         start = {"step": 0.0, "unit": 0.0}
         self.numbers = self._vector([[float(s.get(n, start.get(n, math.nan))) for s in self.states] for n in names])
         self.vectors: dict[str, Tensor] = dict(zip(names, self.numbers, strict=True))
@@ -372,8 +373,11 @@ class Plan:
             sums = self.reduce(sums)
             if self.sliced:
                 sums *= self.scale
-            progress, s_sq = self.blocks.join(sums[:, 0]), self.blocks.join(sums[:, 1])
-            self.blocks.write("distance", estimator.estimate(self.blocks, inside, weight, a_sq, progress, s_sq))
+            if optimizer.units:
+                sums[:, 2] /= torch.where(unit > 0, unit, 1.0).square()
+            progress, s_sq, gone = (self.blocks.join(column) for column in sums.T)
+            learned = estimator.estimate(self.blocks, inside, weight, a_sq, progress, s_sq, gone if estimator.travel else None)
+            self.blocks.write("distance", learned)
         new = torch.stack([self.written.get(name, vector) for name, vector in self.vectors.items()])
         self.numbers.copy_(torch.where(self.ok, new, self.numbers))
         self.skips += self.ok.logical_not()

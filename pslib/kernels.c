@@ -145,8 +145,8 @@ void NAME(observe)(
   }
 }
 
-/* One step of 16 coordinates; s and x0 only where they are kept.  Sums Σg(x₀ − x) and Σs²/α². */
-ALWAYS void NAME(go)(int has, int kept, X *x, const X *g, T *m, T *v, T *s, const X *x0, const T *k, Wide acc[2]) {
+/* One step of 16 coordinates; s and x0 only where they are kept.  Sums Σg(x₀ − x), Σs²/α² and Σα²(x₀ − x)². */
+ALWAYS void NAME(go)(int has, int kept, X *x, const X *g, T *m, T *v, T *s, const X *x0, const T *k, Wide acc[3]) {
   V gj = {0}, ug = {0}, vj = *(V *)v, xj = GET(x);
   if (has) {
     gj = GET(g);
@@ -155,11 +155,12 @@ ALWAYS void NAME(go)(int has, int kept, X *x, const X *g, T *m, T *v, T *s, cons
   }
   V a = ROOT(vj) * k[R] + k[EPS];
   if (kept) {
-    V sj = k[BETA3] * *(V *)s;
+    V sj = k[BETA3] * *(V *)s, gone = GET(x0) - xj;
     if (has) sj += k[NEW3] * ug;
-    if (has) acc[0] += WIDE(k[SIGN] * gj * (GET(x0) - xj));
+    if (has) acc[0] += WIDE(k[SIGN] * gj * gone);
     *(V *)s = sj;
     acc[1] += WIDE(sj * OVER(sj, a));
+    acc[2] += WIDE(gone * gone * a);
   }
   if (has) {
     V mj = k[BETA1] * *(V *)m + k[NEW1] * ug;
@@ -183,7 +184,7 @@ void NAME(move)(
     T *m = (T *)ms[t] + first, *v = (T *)vs[t] + first;
     T *s = ss ? (T *)ss[t] + first / p : 0;
     const X *x0 = ss ? (const X *)x0s[t] + first / p : 0;
-    Wide acc[2] = {{0}};
+    Wide acc[3] = {{0}};
 #define GO(has, kept) NAME(go)(has, kept, x + i, g + i, m + i, v + i, s + j, x0 + j, k, acc)
 /* What is left over, less than 16 coordinates, is put into full vectors and taken back. */
 #define REST(has, kept) { \
@@ -222,7 +223,7 @@ void NAME(move)(
       }
       REST(1, 0)
     }
-    for (int q = 0; q < 2; q++) partial[2 * c + q] = total(acc[q]);
+    for (int q = 0; q < 3; q++) partial[3 * c + q] = total(acc[q]);
   }
 }
 

@@ -177,7 +177,7 @@ class Passes:
         for table in self.tables:
             buffers = [*table.buffers, *[None] * (4 - len(table.buffers))]
             x = addresses([xs[i] for i in table.at])
-            sums.append(self._run(table, "move", 2, x, table.grads, *buffers, self.plan.scalars[table.index], self.plan.ok))
+            sums.append(self._run(table, "move", 3, x, table.grads, *buffers, self.plan.scalars[table.index], self.plan.ok))
         return self._together(sums)
 
     def _together(self, rows: list[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ UNITS = units.KINDS
 PATIENCE = 100
 OURS = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
 # Numbers of blocks, which belong to no coordinate.
-BLOCKWISE = ("step", "rate", "distance", "distance_numerator", "first_distance", "initial_sq", "polyak_bound")
+BLOCKWISE = ("step", "rate", "distance", "distance_numerator", "first_distance", "initial_sq", "schedule_sq", "polyak_bound")
 
 __all__ = ["PSDASGD", "PSSPS", "ParameterScaled", "ScaledSGD"]
 
@@ -271,7 +271,7 @@ class ParameterScaled(torch.optim.Optimizer):
             if all(bool((s["distance"] <= s["first_distance"]).all()) for s in states):
                 self._warn("stuck", (
                     f"after {steps} steps no distance has grown beyond its first guess, d0; if training is slow, the gradients may "
-                    "be too noisy for the bound to see further: try a larger d0 or larger batches."
+                    "be too noisy for the bound to see further: try travel=2, larger batches or a larger d0."
                 ))
             else:
                 self._warned.add("stuck")  # distances never shrink
@@ -399,15 +399,13 @@ class ParameterScaled(torch.optim.Optimizer):
 
     def _empty(self) -> dict[str, Tensor]:
         """Numbers that a parameter's state may still lack."""
-        learns = isinstance(self.estimator, DAdaptation)
-        names = ("distance_numerator", "first_distance") if learns else ("polyak_bound",) if isinstance(self.estimator, Polyak) else ()
-        numbers = {name: torch.full((), math.nan, dtype=torch.float64) for name in names}
+        numbers = {name: torch.full((), math.nan, dtype=torch.float64) for name in self.estimator.kept}
         return {**numbers, "unit": torch.zeros((), dtype=torch.float64)} if self.units is not None else numbers
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state; unlike torch's default, the statistics keep the precision in which they were saved.
 
-        What is not set per group (scaling, per, units, d0, growth_rate, c, f_star, slice_p) is not part of the state: give it
+        What is not set per group (scaling, per, units, d0, growth_rate, travel, c, f_star, slice_p) is not part of the state: give it
         again.  States of version 0.1 and those of the fast path and of the reference loop are read by both.
 
         Raises:
@@ -439,6 +437,8 @@ class ParameterScaled(torch.optim.Optimizer):
                     state["initial_sq"] = dot(state["initial"], state["initial"])
                 if "distance" in state and "first_distance" not in state:
                     state["first_distance"] = torch.zeros_like(state["distance"])  # not known: anything has grown from it
+                if "distance" in state and "schedule_sq" in self.estimator.kept and "schedule_sq" not in state:
+                    state["schedule_sq"] = torch.full_like(state["distance"], float(state["step"]))  # as if γ had been 1
 
 
 class ScaledSGD(ParameterScaled):
@@ -567,6 +567,9 @@ class PSDASGD(ParameterScaled):
         scaling: "none" (D-Adapt SGD), "rmsprop", "adam", "amsgrad", "adagrad", or a `pslib.scalings.Scaling`.
         weight_decay: decoupled; the fraction of the parameter removed per step, times γ.  No units.
         growth_rate: the distance grows at most by this factor a step (> 1).
+        travel: the distance is at least so many times rms|x − x₀|/√Σγ², α²-weighted, at each step; no units.  1 is what a random
+            walk with steps γδ would show.  With 0, the default, the bound alone decides; 2 helps where gradients are so noisy that
+            the bound never sees beyond d0, but the distance is then no lower bound any more, even for convex losses.
         maximize: ascend instead.
         fused: None: the fast path of `pslib.fused` where it applies (scaling="adam", all parameters on one device), else the
             reference loop; True: the fast path or an error; False: the reference loop.
@@ -600,7 +603,7 @@ class PSDASGD(ParameterScaled):
     def __init__(
         self, params: ParamsT, lr: float = 1.0, *, betas: tuple[float, float] = (0.9, 0.98), eps: float = 0.0,
         d0: float | None = None, per: str = "tensor", units: str | None = None, unit: float | None = None,
-        scaling: scalings.Scaling | str = "adam", weight_decay: float = 0.0, growth_rate: float = math.inf,
+        scaling: scalings.Scaling | str = "adam", weight_decay: float = 0.0, growth_rate: float = math.inf, travel: float = 0.0,
         maximize: bool = False, fused: bool | None = None, slice_p: int = 1,
     ):
         absolute = per == "model" and units is None
@@ -608,8 +611,9 @@ class PSDASGD(ParameterScaled):
             d0 = 1e-6 if absolute else 2.0**-8
         require(_number(d0) and 0 < d0 < math.inf, f"d0 must be a finite number > 0, not {d0!r}.")
         require(_number(growth_rate) and growth_rate > 1, f"growth_rate must be > 1, not {growth_rate!r}.")
+        require(_number(travel) and 0 <= travel < math.inf, f"travel must be a finite number ≥ 0, not {travel!r}.")
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, unit=unit)
-        estimator = DAdaptation(d0, growth_rate, relative=not absolute and units is None)
+        estimator = DAdaptation(d0, growth_rate, relative=not absolute and units is None, travel=travel)
         super().__init__(params, defaults, scaling=scaling, estimator=estimator, per=per, units=units, fused=fused, slice_p=slice_p)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | float | None:  # type: ignore[override]

@@ -53,7 +53,7 @@ def test_without_a_change_the_variant_is_the_optimizer_bit_for_bit():
 
 
 CHANGES = [
-    {"weights": "square"}, {"weights": "uniform"}, {"weights": "growing"}, {"beta3": 0.9}, {"beta3": 1.0}, {"travel": 1.5}, {"cap": 2.0},
+    {"weights": "square"}, {"weights": "uniform"}, {"weights": "growing"}, {"beta3": 0.9}, {"beta3": 1.0}, {"cap": 2.0},
     {"storage": "bfloat16"}, {"refresh": 5}, {"frozen": 3}, {"scaling": "adagrad"},
 ]
 
@@ -131,38 +131,6 @@ def test_the_cap_shortens_a_step_that_expects_more_than_the_loss_over_c():
     assert one_step(1e-6)[0] == uncapped
 
 
-def test_travel_of_one_is_neutral_to_pure_noise_and_sees_a_steady_direction():
-    """4,096 coordinates: a random walk's length is then known to within a few percent."""
-    def grown(noise, travel):
-        x = torch.nn.Parameter(torch.ones(4096))
-        optimizer, generator = Variant([x], d0=2.0**-10, travel=travel), torch.Generator().manual_seed(0)
-        for _ in range(60):
-            x.grad = torch.randn(4096, generator=generator) if noise else torch.ones(4096)
-            optimizer.step(loss=1.0)
-        return optimizer.distance.item() * 2.0**10
-
-    # Unit steps in random directions; the second moment of the first steps is noisy itself.
-    assert grown(noise=True, travel=1.0) < 1.3
-    assert grown(noise=True, travel=2.0) > 3
-    assert grown(noise=False, travel=1.0) > 10
-
-
-def test_travel_is_the_rms_way_gone_over_the_root_of_the_sum_of_squares_of_the_schedule():
-    x = torch.nn.Parameter(torch.ones(16, dtype=torch.float64))
-    # β₃ = 0 and equal gradients: the bound of the last gradient alone is the way gone, which `travel` must exceed to show.
-    optimizer = Variant([x], d0=0.125, travel=8.0, betas=(0.0, B2))
-    for lr in (1.0, 0.5):
-        optimizer.param_groups[0]["lr"] = lr
-        x.grad = torch.ones_like(x)
-        optimizer.step(loss=1.0)
-    # The first step went 0.125 far: at the second, 8 · 0.125/√1².
-    assert optimizer.distance.item() == pytest.approx(1.0, rel=1e-12)
-    x.grad = torch.ones_like(x)
-    optimizer.step(loss=1.0)
-    # Then 0.125 · 0.5 more, and 1² + 0.5².
-    assert optimizer.distance.item() == pytest.approx(max(1.0, 8 * (0.125 + 0.0625) / math.sqrt(1.25)), rel=1e-12)
-
-
 def test_storage_in_bfloat16_leaves_nothing_finer_in_the_state():
     optimizer, xs = descend(lambda xs: Variant(xs, storage="bfloat16"), dtype=torch.float32)
     for x in xs:
@@ -208,4 +176,4 @@ def test_a_wrong_setting_is_refused(setting, sentence):
 
 def test_the_optimizer_of_the_library_has_none_of_these_settings():
     with pytest.raises(TypeError):
-        PSDASGD(leaves(), travel=1.0)
+        PSDASGD(leaves(), weights="square")

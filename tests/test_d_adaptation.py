@@ -449,6 +449,7 @@ def test_alpha_one_is_d_adaptation_with_a_running_norm(per):
     (dict(betas=(1.0, 0.9)), r"betas\[0\] must be in \[0, 1\), not 1.0"), (dict(betas=(0.9, -0.1)), r"betas\[1\] must be"),
     (dict(betas=(0.9,)), "betas must be a pair"), (dict(growth_rate=1.0), "growth_rate must be > 1, not 1.0"),
     (dict(growth_rate=math.nan), "growth_rate must"), (dict(lr=-1.0), "lr must be a finite number ≥ 0"),
+    (dict(travel=-1.0), "travel must be a finite number ≥ 0, not -1.0"),
     (dict(eps=math.nan), "eps must"), (dict(weight_decay=-0.1), "weight_decay must"),
 ])
 def test_a_wrong_setting_gives_a_sentence(settings_, sentence):

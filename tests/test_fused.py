@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C 
 SHAPES = [(), (1,), (15,), (17, 16), (33, 31), (4099,), (3, 5, 7, 2)]
 SETTINGS = {
     "tensor": dict(), "eps": dict(eps=1e-3), "model": dict(per="model"), "units": dict(units="tensor"), "slices": dict(slice_p=3),
-    "decay": dict(weight_decay=0.01, maximize=True),
+    "decay": dict(weight_decay=0.01, maximize=True), "travel": dict(travel=2.0),
+    "travel-units": dict(travel=2.0, units="tensor", slice_p=2),
 }
 
 

@@ -137,7 +137,7 @@ SHARED_SETTINGS = ({}, {"lr": 0.5}, {"betas": (0.0, 0.9)}, {"weight_decay": 0.01
 SETTINGS = {
     PSDASGD: (
         *SHARED_SETTINGS, {"per": "model"}, {"units": "tensor"}, {"units": "neuron"}, {"per": "model", "units": "tensor"},
-        {"growth_rate": 1.02}, {"maximize": True}, {"slice_p": 2},
+        {"growth_rate": 1.02}, {"maximize": True}, {"slice_p": 2}, {"travel": 2.0},
     ),
     PSSPS: (*SHARED_SETTINGS, {"c": 0.5}, {"growth_rate": 2.0}),
 }
