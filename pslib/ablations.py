@@ -43,7 +43,12 @@ class Frozen(scalings.Scaling):
 
 
 class Changed(DAdaptation):
-    """The distance estimate of `DAdaptation` with parts changed; the arguments are those of `Variant`."""
+    """The distance estimate of `DAdaptation` with parts changed.
+
+    Args:
+        original: the estimate that is changed; the rest of its settings stay.
+        weights, beta3, cap, storage: as in `Variant`, storage as a type.
+    """
 
     def __init__(
         self, original: DAdaptation, weights: str, beta3: float | None, cap: float | None, storage: torch.dtype | None

@@ -92,7 +92,10 @@ class Adam(Scaling):
 
 
 class AMSGrad(Scaling):
-    """α² = √(max over time of v)/√(1 − β₂ᵏ) + ε (Reddi et al., 2018, with the bias correction torch uses)."""
+    """α² = √(max over time of v)/√(1 − β₂ᵏ) + ε (Reddi et al., 2018, with the bias correction torch uses).
+
+    The bias correction falls: after large gradients α² sinks to nearly √(1 − β₂) of what it was, and only α²√k never falls.
+    """
 
     def observe(self, state: dict[str, Any], grad: Tensor) -> None:
         v = state["exp_avg_sq"]

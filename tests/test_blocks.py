@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pslib import PSDASGD, experiments, scalings, tasks
 from pslib.contenders import BLOCKS, AnyBlock, make
 from pslib.estimators import Blocks, Entry
+from pslib.training import train
 
 CONFIGURED = settings(max_examples=100, deadline=None)
 KINDS = ("model", "module", "tensor", "neuron", "coordinate")
@@ -335,3 +336,13 @@ def test_no_offered_choice_fails_a_run(task):
 def test_coordinates_lose_on_record(task):
     by_choice = {c: [r for r in recorded(f"blocks-{task}") if r.spec.contender == c] for c in ("psdasgd-coordinate", "psdasgd-tensor")}
     assert mean_loss(by_choice["psdasgd-coordinate"]) > 100 * mean_loss(by_choice["psdasgd-tensor"])
+
+
+def test_distances_of_single_numbers_run_away_and_those_of_rows_do_not():
+    far = {}
+    for per in ("neuron", "coordinate"):
+        opt = train("digits-mlp", lambda p, per=per: AnyBlock(p, per=per), steps=120, evaluations=1).optimizer
+        weights = [p for group in opt.param_groups for p in group["params"] if p.dim() > 1]
+        found = torch.cat([(opt.state[p]["distance"] / opt.state[p]["initial"].double().square().mean().sqrt()).flatten() for p in weights])
+        far[per] = (found.max() / found.median()).item()
+    assert far["neuron"] < 30 < far["coordinate"]

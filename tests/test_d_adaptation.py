@@ -785,3 +785,24 @@ def test_scaling_and_estimator_compose():
         estimator=DAdaptation(1e-3, 2.0, relative=False), per="model",
     )
     assert repr(opt.scaling).startswith("Adagrad") and opt.estimator.growth_rate == 2.0
+
+
+def test_a_constant_norm_trains_worse_than_a_running_one():
+    """D-Adapt SGD divides by the first gradient's norm; the unscaled estimator on the digits, with either."""
+    class Constant(DAdaptation):
+        def rate(self, blocks, loss):
+            delta = self.first_distance(blocks)
+            a = blocks.sum(lambda e: e.alpha_sq.sum(dtype=torch.float64)).sqrt()
+            self.G = getattr(self, "G", blocks.sum(lambda e: dot(e.grad, over_scaling(e.grad, e.alpha_sq))).sqrt())
+            blocks.write("distance", self.learn(blocks, delta, delta / (a * self.G), a * a))
+            return delta, a / self.G
+
+    ends = {}
+    for constant in (False, True):
+        def make(params, constant=constant):
+            opt = PSDASGD(params, per="model", scaling="none", betas=(0.0, 0.98))
+            opt.estimator = Constant(1e-6, math.inf, relative=False) if constant else opt.estimator
+            return opt
+
+        ends[constant] = train("digits-mlp", make, steps=400, evaluations=1).losses[-20:].mean().item()
+    assert ends[True] > 5 * ends[False] and ends[False] < 0.3

@@ -22,6 +22,7 @@ from pslib.invariance import (
     certify,
     trajectory,
 )
+from pslib.training import train
 
 INF = math.inf
 DTYPES = [torch.float32, torch.float64]
@@ -666,3 +667,9 @@ def test_a_closure_and_a_loss_together_are_refused():
 def test_betas_that_are_not_a_pair_of_numbers_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         PSSPS([nn.Parameter(torch.ones(1))], betas=betas)
+
+
+@pytest.mark.parametrize("settings, trains", [({}, False), ({"c": 0.5}, True), ({"betas": (0.9, 0.98)}, True)], ids=str)
+def test_plain_sps_lacks_momentum_or_a_larger_c(settings, trains):
+    make = lambda p: PSSPS(p, **{"scaling": "none", "betas": (0.0, 0.98), **settings})  # noqa: E731
+    assert (train("mnist1d-cnn", make, steps=200, schedule="constant", evaluations=1).final_loss < 1.8) == trains

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from pslib import PSDASGD, ScaledSGD, benchmark, contenders, experiments, tasks
 from pslib.datasets import MissingData
 from pslib.networks import CharacterTransformer
+from pslib.training import train
 
 CONFIGURED = settings(max_examples=100, deadline=None)
 TASKS = ("shakespeare-characters", "shakespeare-bytes", "chars-transformer")
@@ -280,3 +281,22 @@ def test_ps_sps_warms_up_by_itself():
     for r in best["ps-sps"]:
         eta = np.array(r.effective_lr)[:, 0]
         assert eta[0] < rate / 3 and eta.max() > 3 * rate and eta[-1] < eta.max() / 100
+
+
+def test_plain_adam_with_the_rates_of_ps_sps_keeps_most_of_its_gain():
+    """The recorded rates of one seed, interpolated between the looks, played to torch's Adam."""
+    best = benchmark.best(records(TASKS[2]), "test")
+    run, steps = best["ps-sps"][1], tasks.get(TASKS[2]).steps
+    logs = np.interp(np.arange(1, steps + 1), run.curve["step"], np.log(np.maximum(np.array(run.effective_lr)[:, 0], 1e-5)))
+
+    class Played(torch.optim.Adam):
+        rates = iter(np.exp(logs).tolist())
+
+        def step(self, closure=None):
+            self.param_groups[0]["lr"] = next(self.rates)
+            return super().step(closure)
+
+    make = lambda params: Played([p for _, p in params], betas=(0.9, 0.98))  # noqa: E731
+    ended = train(TASKS[2], make, seed=run.spec.seed, schedule="constant", evaluations=1).final_metric
+    ours, adamw = benchmark.value(run, "test"), ends(TASKS[2])["adamw"]
+    assert ended < adamw.min() and adamw.mean() - ended > (adamw.mean() - ours) / 2
