@@ -271,7 +271,7 @@ class ParameterScaled(torch.optim.Optimizer):
             if all(bool((s["distance"] <= s["first_distance"]).all()) for s in states):
                 self._warn("stuck", (
                     f"after {steps} steps no distance has grown beyond its first guess, d0; if training is slow, the gradients may "
-                    "be too noisy for the bound to see further: try travel=2, larger batches or a larger d0."
+                    "be too noisy for the bound to see further: try travel=1.5, larger batches or a larger d0."
                 ))
             else:
                 self._warned.add("stuck")  # distances never shrink
@@ -568,8 +568,9 @@ class PSDASGD(ParameterScaled):
         weight_decay: decoupled; the fraction of the parameter removed per step, times γ.  No units.
         growth_rate: the distance grows at most by this factor a step (> 1).
         travel: the distance is at least so many times rms|x − x₀|/√Σγ², α²-weighted, at each step; no units.  1 is what a random
-            walk with steps γδ would show.  With 0, the default, the bound alone decides; 2 helps where gradients are so noisy that
-            the bound never sees beyond d0, but the distance is then no lower bound any more, even for convex losses.
+            walk with steps γδ would show.  With 0, the default, the bound alone decides.  1.5 helps where gradients are so noisy
+            that the bound never sees beyond d0, and 2 more, but only in short runs under a schedule that falls to zero.  The
+            distance is then no lower bound any more, even for convex losses.
         maximize: ascend instead.
         fused: None: the fast path of `pslib.fused` where it applies (scaling="adam", all parameters on one device), else the
             reference loop; True: the fast path or an error; False: the reference loop.

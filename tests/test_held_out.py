@@ -82,6 +82,21 @@ def test_on_no_task_is_it_more_than_five_per_cent_behind_the_best_adamw(measure)
     assert max(regret(t, measure, "psdasgd-tensor") for t in ALL) > math.log(1.05)
 
 
+def test_two_fails_under_a_constant_schedule_and_one_and_a_half_does_not():
+    """Mean final training losses, straight from the files."""
+    def loss(task, name, suffix):
+        return float(np.mean([end(RUNS / task / f"{name}-{suffix}seed{s}.json", "train", task) for s in range(3)]))
+
+    def behind(task, name, suffix):
+        best = min(loss(task, f"adamw-0.98-lr{rate:g}", suffix) for rate in experiments.CONDITION_RATES[task])
+        return loss(task, name, suffix) > 1.3 * max(best, loss(task, "psdasgd-tensor", suffix))
+
+    constant = {"digits-vit": "schedule-constant-", "mnist1d-cnn3": "steps400-schedule-constant-"}
+    assert all(behind(task, "travel-2", suffix) and not behind(task, "travel-1.5", suffix) for task, suffix in constant.items())
+    assert behind("digits-vit", "travel-2", "steps1000-") and not behind("digits-vit", "travel-1.5", "steps1000-")
+    assert not behind("digits-vit", "travel-2", "clip-0.1-")
+
+
 def test_another_result_would_be_another_choice(tmp_path, monkeypatch):
     """The counts read the files: with travel 2 failing on one task of the first half, something else is chosen."""
     for task in CHOOSE:
