@@ -409,8 +409,11 @@ class ParameterScaled(torch.optim.Optimizer):
         again.  States of version 0.1 and those of the fast path and of the reference loop are read by both.
 
         Raises:
-            ValueError: if the state was made with another slice_p.
+            ValueError: if the state was made with another slice_p, or by another optimizer.
         """
+        kept = state_dict["state"].values()
+        others = isinstance(self.estimator, DAdaptation) and any("exp_avg" in s and "initial" not in s for s in kept)
+        require(not others, "the state is another optimizer's: it does not say where the parameters started; begin without it.")
         given: list[dict] = []  # as the hooks of the state leave it
         last = self.register_load_state_dict_pre_hook(lambda _, final: given.append(final))
         try:

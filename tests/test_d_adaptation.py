@@ -440,6 +440,19 @@ def test_alpha_one_is_d_adaptation_with_a_running_norm(per):
         assert torch.allclose(p, x, rtol=1e-9) and math.isclose(opt.distance.item(), float(delta), rel_tol=1e-9)
 
 
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing():
+    x = nn.Parameter(torch.ones(3))
+    x.grad = torch.ones(3)
+    adamw = torch.optim.AdamW([x], lr=1e-3)
+    adamw.step()
+    opt = PSDASGD([x])
+    with pytest.raises(ValueError, match="the state is another optimizer's"):
+        opt.load_state_dict(adamw.state_dict())
+    assert opt.param_groups[0]["lr"] == 1.0
+    opt.step()
+    assert x.isfinite().all()
+
+
 # --- settings ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("settings_", "sentence"), [
