@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import scalings
-from .estimators import Blocks, DAdaptation, Entry, Estimator, dot, over_scaling
+from .estimators import Blocks, DAdaptation, Entry, Estimator, dot
 from .optimizers import PSDASGD, ParameterScaled, require
 
 __all__ = ["Changed", "DoG", "Frozen", "ScaledDoG", "Variant", "WEIGHTS"]
@@ -147,9 +147,7 @@ class DoG(Estimator):
         a_sq = blocks.sum(lambda e: e.alpha_sq)
         gone = blocks.sum(lambda e: e.moved.square() * e.alpha_sq)
         distance = torch.maximum(self.first.first_distance(blocks), torch.where(a_sq > 0, (gone / a_sq).sqrt(), 0.0))
-        total = blocks.read("sum_sq_gradients", 0.0) + a_sq * blocks.sum(
-            lambda e: torch.zeros_like(e.param) if e.grad is None else e.grad * over_scaling(e.grad, e.alpha_sq)
-        )
+        total = blocks.read("sum_sq_gradients", 0.0) + a_sq * blocks.scaled_gradient_squares()
         blocks.write("distance", distance)
         blocks.write("sum_sq_gradients", total)
         return distance, torch.where(total > 0, a_sq / total.sqrt(), 0.0)

@@ -373,7 +373,7 @@ class Plan:
             sums = self.reduce(sums)
             if self.sliced:
                 sums *= self.scale
-            if optimizer.units:
+            if estimator.travel and optimizer.units:
                 sums[:, 2] /= torch.where(unit > 0, unit, 1.0).square()
             progress, s_sq, gone = (self.blocks.join(column) for column in sums.T)
             learned = estimator.estimate(self.blocks, inside, weight, a_sq, progress, s_sq, gone if estimator.travel else None)
