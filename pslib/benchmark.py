@@ -25,8 +25,8 @@ def value(record: Record, measure: str) -> float:
 
     Args:
         record: the run.
-        measure: "train": the training loss, nats.  "test": the test error (a fraction) or, where the task's metric is the loss,
-            the test loss, nats.
+        measure: "train": the training loss, nats.  "test": the test error (a fraction; for segmentation one less the mean IoU) or,
+            where the task's metric is the loss, the test loss, nats.
 
     Nothing is worse than guessing (a loss of ln(classes), an error of 1 − 1/classes), and a run that diverged counts as that.
     A loss below 0.005 nats counts as 0.005, the problem is solved: else the ratios of very small numbers on one solved task
@@ -39,12 +39,12 @@ def value(record: Record, measure: str) -> float:
     task = tasks.get(record.spec.task)
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))}, not {measure!r}.")
-    if measure == "test" and task.metric == "accuracy":
-        accuracy = 0 if record.diverged else record.final_metric
-        assert accuracy is not None
-        return min(1 - 1 / task.classes, max(LEAST_ERROR, 1 - accuracy))
+    if measure == "test" and tasks.METRICS[task.metric].higher:
+        reached = 0 if record.diverged else record.final_metric
+        assert reached is not None
+        return min(1 - 1 / task.classes, max(LEAST_ERROR, 1 - reached))
     ended = record.final_loss if measure == "train" else record.final_metric
-    return max(LEAST_LOSS, min(math.log(task.classes), math.inf if ended is None else ended))
+    return max(LEAST_LOSS, min(task.guess, math.inf if ended is None else ended))
 
 
 def best(records: Iterable[Record], measure: str) -> dict[str, list[Record]]:
@@ -108,7 +108,7 @@ def summary(regrets: Mapping[str, Mapping[str, float]]) -> list[Row]:
 def failures(records: Iterable[Record]) -> dict[str, int]:
     """For each contender on one task, at its best rate: how many seeds got less than half as far below guessing as the best contender."""
     records = list(records)
-    chosen, guess = best(records, "train"), math.log(tasks.get(records[0].spec.task).classes)
+    chosen, guess = best(records, "train"), tasks.get(records[0].spec.task).guess
     furthest = max(np.mean([guess - value(r, "train") for r in group]) for group in chosen.values())
     return {name: sum(bool(guess - value(r, "train") < furthest / 2) for r in group) for name, group in chosen.items()}
 

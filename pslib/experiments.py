@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import contenders, scalings, tasks, twins
+from . import contenders, reinforcement, scalings, tasks, twins
 from .tasks import PRESETS, MissingData
 from .training import History, Paused, train
 
@@ -51,7 +51,8 @@ class RunSpec:
         seed: of the initialisation and the order of the batches.
         rescale: the factor c of a function-equivalent twin (`pslib.twins`, at the modules that the task names).
         steps: how many, if not as many as the task says.
-        how: what else `pslib.training.train` is told: schedule, batch_size, accumulate, clip, label_noise.
+        how: what else `pslib.training.train` is told (schedule, batch_size, accumulate, clip, label_noise), or
+            `pslib.reinforcement.train` (schedule, temperature).
     """
 
     task: str
@@ -185,9 +186,9 @@ BENCHMARK = (
     *(f"{data}-{network}" for data in ("cifar10", "cifar100") for network in ("resnet32-bn", "resnet32", "vgg19-bn", "vgg19", "vit")),
     "imagenet-vit",
 )
-# Declared, with a loader that is tested, and not recorded in this edition: the data were not at hand.
+# Declared, with a loader that is tested, and not recorded in this edition: the data, or for Humanoid a GPU, were not at hand.
 RUN_TASKS = tuple(task for task in BENCHMARK if not task.startswith(("cifar100", "imagenet")))
-NOT_YET_RUN = tuple(f"benchmark-{task}" for task in BENCHMARK if task not in RUN_TASKS)
+NOT_YET_RUN = (*(f"benchmark-{task}" for task in BENCHMARK if task not in RUN_TASKS), "breadth-ade20k-unet", "breadth-humanoid-sac")
 TWIN_STEPS = {"digits-mlp": 900, "mnist1d-cnn": 600, "chars-transformer": 150}
 FACTORS = tuple(2.0**exponent for exponent in (0, -10, -7, -4, -2, 2, 4, 7, 10))
 
@@ -338,6 +339,66 @@ def _travel(task: str, seeds: int) -> list[RunSpec]:
     ]
 
 
+# The other kinds of problem: the rates that AdamW is tuned over, and what else is tried there.
+BREADTH: dict[str, tuple[tuple[float, ...], list[Setting]]] = {
+    "reviews-minilm": (
+        (3e-5, 1e-4, 3e-4, 1e-3), [PS_SPS, *((f"psdasgd-d0-{e}", "psdasgd-tensor", {"d0": 2.0**e}) for e in (-14, -11))],
+    ),
+    "digits-resnet32-tuned": (
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        [PS_SPS, *((f"psdasgd-d0-{e}", "psdasgd-tensor", {"d0": 2.0**e}) for e in (-14, -11))],
+    ),
+    "digits-resnet32": ((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS]),
+    "cifar10-simclr": (
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), [PS_SPS, ("ps-sps-floor", "ps-sps", {"f_star": round(tasks.get("cifar10-simclr").floor, 6)})],
+    ),
+    "camvid-unet": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS]),
+    "pendulum-sac": ((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), []),
+    "hopper-sac": ((3e-4, 1e-3, 3e-3), []),
+    "ade20k-unet": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS]),
+    "humanoid-sac": ((3e-4, 1e-3, 3e-3), []),
+}
+# In soft actor-critic the temperature's loss is linear and has no minimum: without a rate of its own it is nobody's to measure.
+TEMPERATURE_RATE = 1e-3
+
+
+def _breadth(task: str) -> list[RunSpec]:
+    """AdamW over its rates and at its default, the peers and ours as they are; reinforcement learning is the noisiest."""
+    rates, more = BREADTH[task]
+    control = tasks.get(task).metric == "return"
+    free = ("psdasgd-tensor", "psdasgd-model", "prodigy", "dadapt-adam", "schedule-free", "adamw-default")
+    optimizers = {"adamw-default": "adamw"}
+    methods: list[Setting] = [
+        *((name, optimizers.get(name, name), {}) for name in free), ("psdasgd-travel", "psdasgd-tensor", {"travel": 1.5}), *more,
+        *_adamw(*rates),
+    ]
+
+    def how(name: str) -> dict:
+        # Schedule-Free is made for a constant rate.
+        return {"schedule": "constant" if name == "schedule-free" else "cosine", "temperature": TEMPERATURE_RATE} if control else {}
+
+    return [
+        RunSpec(task, name, optimizer, settings, seed=seed, how=how(name)) for seed in range(5 if control else 3)
+        for name, optimizer, settings in methods
+    ]
+
+
+def _temperature(task: str) -> list[RunSpec]:
+    """Soft actor-critic with the temperature left to the method that trains the rest."""
+    methods = [*((name, name, {}) for name in ("psdasgd-tensor", "psdasgd-model", "prodigy", "dadapt-adam")), *_adamw(1e-3)]
+    return [
+        RunSpec(task, name, optimizer, settings, seed=seed, how={"schedule": "cosine"}) for seed in range(5)
+        for name, optimizer, settings in methods
+    ]
+
+
+def _constant(task: str) -> list[RunSpec]:
+    """Soft actor-critic at a constant rate, as it is usually trained."""
+    methods: list[Setting] = [*OURS, ("psdasgd-travel", "psdasgd-tensor", {"travel": 1.5}), *_adamw(3e-4, 1e-3, 3e-3)]
+    how = {"schedule": "constant", "temperature": TEMPERATURE_RATE}
+    return [RunSpec(task, name, optimizer, settings, seed=seed, how=how) for seed in range(5) for name, optimizer, settings in methods]
+
+
 def _candidates(task: str, seeds: int) -> list[RunSpec]:
     """The candidates; what they are compared with is in the benchmark."""
     return [
@@ -381,6 +442,9 @@ EXPERIMENTS: dict[str, list[RunSpec]] = {
     **{f"conditions-{task}": _conditions(task, 3) for task in CONDITION_RATES},
     **{f"travel-{task}": _travel(task, 3) for task in CONDITION_RATES},
     **{f"candidates-{task}": _candidates(task, 3) for task in RUN_TASKS},
+    **{f"breadth-{task}": _breadth(task) for task in BREADTH},
+    "temperature-pendulum-sac": _temperature("pendulum-sac"),
+    "constant-pendulum-sac": _constant("pendulum-sac"),
 }
 
 @dataclass(frozen=True)
@@ -399,6 +463,7 @@ class Record:
         environment: device, processor, threads, versions, commit, and the data's sha256.
         parameters: how many the network has.
         peak_bytes: the most that was allocated on the GPU (after an interruption, since then); null on a CPU.
+        details: what else the task says of how the run ended (`pslib.training.History.details`).
     """
 
     spec: RunSpec
@@ -415,6 +480,7 @@ class Record:
     environment: dict
     parameters: int | None = None
     peak_bytes: int | None = None
+    details: dict = field(default_factory=dict)
 
 
 def _commit() -> str:
@@ -447,7 +513,8 @@ def _finite(value: float) -> float | None:
 
 def _run(spec: RunSpec, preset: str, keep_outputs: bool = False, **how) -> History:
     """Train as declared; what is not of preset "full" on a CPU, wherever it is, so that one experiment is of one kind of machine."""
-    models = []
+    models: list = []
+    task, device = tasks.get(spec.task, preset), "auto" if preset == "full" else "cpu"
 
     def prepare(model):
         if spec.rescale != 1:
@@ -455,10 +522,15 @@ def _run(spec: RunSpec, preset: str, keep_outputs: bool = False, **how) -> Histo
         contenders.prepare(spec.optimizer, model)
         models.append(model)
 
+    steps = None if preset == "smoke" else spec.steps
+    if isinstance(task, tasks.Control):
+        return reinforcement.train(
+            task, lambda params: contenders.make(spec.optimizer, params, **spec.settings), seed=spec.seed, steps=steps, device=device,
+            **spec.how,
+        )
     return train(
-        tasks.get(spec.task, preset), lambda params: contenders.make(spec.optimizer, params, model=models[0], **spec.settings),
-        seed=spec.seed, steps=None if preset == "smoke" else spec.steps, init_scale=spec.init_scale, prepare=prepare,
-        keep_outputs=keep_outputs, device="auto" if preset == "full" else "cpu", **spec.how, **how,
+        task, lambda params: contenders.make(spec.optimizer, params, model=models[0], **spec.settings), seed=spec.seed, steps=steps,
+        init_scale=spec.init_scale, prepare=prepare, keep_outputs=keep_outputs, device=device, **spec.how, **how,
     )
 
 
@@ -502,9 +574,12 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
     history = _run(spec, preset, keep_outputs=spec.rescale != 1, checkpoint=checkpoint, deadline=deadline)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     edges = [0, *history.steps]
+    # An agent's steps are not its updates: `test_loss` is its mean loss between the looks.
+    means = history.test_loss if history.metric == "return" else [
+        history.losses[i:j].mean().item() for i, j in zip(edges, edges[1:], strict=False)
+    ]
     curve = {
-        "step": history.steps,
-        "train_loss": [_finite(history.losses[i:j].mean().item()) for i, j in zip(edges, edges[1:], strict=False)],
+        "step": history.steps, "train_loss": [_finite(v) for v in means],
         "test_loss": [_finite(v) for v in history.test_loss], "test_metric": [_finite(v) for v in history.test_metric],
     }
     if spec.rescale != 1:
@@ -517,7 +592,7 @@ def record(spec: RunSpec, preset: str, folder: Path, deadline: float = math.inf)
         spec, preset, curve, _finite(history.final_loss), _finite(history.final_metric), history.diverged, round(history.seconds, 2),
         round(history.step_seconds, 6), **rows, block_names=history.block_names,
         environment=_environment(tasks.get(spec.task, preset), parameters[0].device.type), parameters=sum(p.numel() for p in parameters),
-        peak_bytes=peak,
+        peak_bytes=peak, details=history.details,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".part", delete=False) as f:
@@ -592,14 +667,14 @@ def by_setting(records: Iterable[Record]) -> dict[tuple, list[Record]]:
 
 
 def metric(record: Record) -> float:
-    """The final metric as a number; inf where it is a loss and the run diverged."""
-    return float("inf") if record.final_metric is None else record.final_metric
+    """The final metric as a number; of a run that diverged the worst there is."""
+    return tasks.METRICS[tasks.get(record.spec.task).metric].worst if record.final_metric is None else record.final_metric
 
 
 def best(records: Iterable[Record]) -> dict[str, list[Record]]:
     """For each contender its records at the learning rate with the best mean metric over seeds (all of them, if it has none)."""
     records = list(records)
-    sign = -1 if tasks.get(records[0].spec.task).metric == "accuracy" else 1
+    sign = -1 if tasks.METRICS[tasks.get(records[0].spec.task).metric].higher else 1
     ranked = sorted(by_setting(records).items(), key=lambda item: sign * np.mean([metric(r) for r in item[1]]))
     chosen: dict[str, list[Record]] = {}
     for (name, *_), group in ranked:

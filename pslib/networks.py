@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CharacterTransformer", "Convolutional", "ResNet", "Residual", "TransformerBlock", "VGG19", "VisionTransformer", "mlp"]
+from . import datasets
+from .datasets import Data, MissingData
+
+__all__ = [
+    "CharacterTransformer", "Convolutional", "Projected", "ResNet", "Residual", "SentenceClassifier", "TransformerBlock", "UNet", "VGG19",
+    "VisionTransformer", "mlp", "pretrained_resnet", "sentence_classifier",
+]
+
+PRETRAINED = Path(__file__).resolve().parent.parent / "book" / "pretrained" / "cifar10-resnet32-bn.safetensors"
 
 
 class Convolutional(nn.Module):
@@ -216,3 +226,116 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             h = block(h)
         return self.head(self.norm(h).mean(1))
+
+
+class UNet(nn.Module):
+    """Ronneberger et al. (2015), with batch norm and bilinear enlargement: a class for every point, classes last.
+
+    Args:
+        classes: how many.
+        width: channels at full size; they double with every halving.
+        depth: how often the image is halved.
+    """
+
+    def __init__(self, classes: int, width: int = 16, depth: int = 3):
+        super().__init__()
+
+        def twice(inputs: int, outputs: int) -> nn.Sequential:
+            layers: list[nn.Module] = []
+            for i in (inputs, outputs):
+                layers += [nn.Conv2d(i, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            return nn.Sequential(*layers)
+
+        widths = [width * 2**i for i in range(depth + 1)]
+        self.down = nn.ModuleList(twice(i, o) for i, o in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(twice(2 * i + i, i) for i in reversed(widths[:-1]))
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        across: list[Tensor] = []
+        for stage in self.down:
+            x = stage(F.max_pool2d(x, 2) if across else x)
+            across.append(x)
+        across.pop()
+        for stage in self.up:
+            beside = across.pop()
+            enlarged = F.interpolate(x, size=beside.shape[-2:], mode="bilinear", align_corners=False)
+            x = stage(torch.cat([beside, enlarged], 1))
+        return self.head(x).permute(0, 2, 3, 1)
+
+
+class Projected(nn.Module):
+    """An encoder with a perceptron behind it that is there for training only (SimCLR's projection head).
+
+    Args:
+        encoder: from images to features.
+        features: how many.
+        dimensions: of the perceptron's output.
+    """
+
+    def __init__(self, encoder: nn.Module, features: int, dimensions: int):
+        super().__init__()
+        self.encoder = encoder
+        self.projection = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dimensions))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.encoder(x)
+        return self.projection(features) if self.training else features
+
+
+def pretrained_resnet(classes: int) -> ResNet:
+    """The ResNet-32 of width 8 that was trained on CIFAR-10 (see `book/pretrained`), with a new last layer.
+
+    Args:
+        classes: how many the last layer has.
+
+    Raises:
+        MissingData: if the file with what was learned is not there.
+    """
+    from safetensors.torch import load_file
+
+    if not PRETRAINED.exists():
+        raise MissingData(f"{PRETRAINED} is missing; get it from the book's repository, or make it with book/_tools/pretrain.py.")
+    model = ResNet(classes, width=8)
+    learned = {name: t.float() if t.is_floating_point() else t for name, t in load_file(PRETRAINED).items()}
+    model.load_state_dict({**model.state_dict(), **{name: t for name, t in learned.items() if not name.startswith("head.")}})
+    return model
+
+
+class SentenceClassifier(nn.Module):
+    """A pretrained sentence encoder, the mean over the tokens, and a linear layer.
+
+    Args:
+        encoder: from (token numbers, mask) to vectors.
+        width: of the vectors.
+        classes: how many.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, classes] from token numbers [n, tokens], where 0 is nothing."""
+        mask = (x != 0).long()
+        vectors = self.encoder(input_ids=x, attention_mask=mask).last_hidden_state
+        return self.head((vectors * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def sentence_classifier(d: Data) -> SentenceClassifier:
+    """all-MiniLM-L6-v2, six layers of width 384, for as many classes as the data has; without dropout, so that a seed says it all."""
+    from transformers import BertModel
+    from transformers.utils import logging
+
+    shown, said = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        encoder = BertModel.from_pretrained(
+            datasets.sentence_encoder(), add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    finally:
+        logging.set_verbosity(said)
+        if shown:
+            logging.enable_progress_bar()
+    return SentenceClassifier(encoder, encoder.config.hidden_size, d.classes)

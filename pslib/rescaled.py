@@ -27,7 +27,7 @@ from . import scalings
 from .estimators import dot
 from .invariance import relative_gap
 from .optimizers import PSDASGD, PSSPS, ScaledSGD
-from .tasks import Task, get
+from .tasks import Task, supervised
 
 __all__ = ["Comparison", "DAdaptSGD", "PolyakSGD", "RescaledNetwork", "side_by_side"]
 
@@ -317,7 +317,7 @@ def side_by_side(
     """
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}.")
-    task, scaling = get(task), scalings.get(scaling)
+    task, scaling = supervised(task), scalings.get(scaling)
     lr = (2.0**-9 if method == "fixed" else 1.0) if lr is None else lr
     adaptive, plain, defaults = METHODS[method]
     settings = {**defaults, **settings}

@@ -11,14 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .tasks import Task, get
+from .tasks import METRICS, Task, supervised
 
 __all__ = ["History", "Paused", "train", "train_seeds"]
 
@@ -28,13 +28,14 @@ class History:
     """What a training run leaves behind.
 
     Attributes:
-        task, seed, metric: the task's name, the seed, and what the task's metric is ("accuracy" or "loss").
+        task, seed, metric: the task's name, the seed, and what the task's metric is (`pslib.tasks.METRICS`).
         losses: the training loss of every step, [steps], nats.
         steps: the steps after which the test set was looked at.
         test_loss, test_metric: at those steps; the metric is the task's.
         distance, effective_lr: at those steps, where the optimizer exposes them with one number a named block.
         block_names: the names of those blocks.
         outputs: with `keep_outputs`, the model's outputs on the test set at those steps.
+        details: what else the task says of how it ended (`pslib.tasks.Task.describe`).
         diverged: whether a loss stopped being finite (the run then ends early).
         seconds, step_seconds: wall time of the run and of a training step.
         model, optimizer: as they are at the end.
@@ -51,6 +52,7 @@ class History:
     effective_lr: list[list[float]] = field(default_factory=list)
     block_names: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    details: dict = field(default_factory=dict)
     diverged: bool = False
     seconds: float = 0.0
     step_seconds: float = 0.0
@@ -64,25 +66,21 @@ class History:
 
     @property
     def final_metric(self) -> float:
-        """The task's metric on the test set at the end; 0 (accuracy) or inf (loss) for a diverged run."""
-        if self.diverged:
-            return 0.0 if self.metric == "accuracy" else math.inf
-        return self.test_metric[-1]
+        """The task's metric at the end; for a diverged run the worst there is (`pslib.tasks.METRICS`)."""
+        return METRICS[self.metric].worst if self.diverged else self.test_metric[-1]
 
 
 class Paused(Exception):
     """The deadline came before the run was over; what is done so far is in the checkpoint."""
 
 
-def evaluate(task: Task, model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> tuple[float, float, Tensor]:
-    """Loss and metric of the model on (x, y), and its outputs, in evaluation mode."""
+def _forward(model: nn.Module, x: Tensor, autocast: bool = False) -> Tensor:
+    """The model's outputs in evaluation mode."""
     model.eval()
     with torch.no_grad(), _autocast(autocast):
-        logits = torch.cat([model(x[i : i + 1024]) for i in range(0, len(x), 1024)])
-    logits = logits.float() if autocast else logits
+        outputs = torch.cat([model(x[i : i + 1024]) for i in range(0, len(x), 1024)])
     model.train()
-    loss = task.loss(logits, y).item()
-    return loss, (logits.argmax(-1) == y).double().mean().item() if task.metric == "accuracy" else loss, logits
+    return outputs.float() if autocast else outputs
 
 
 def _autocast(on: bool):
@@ -118,25 +116,6 @@ def _place(t, device: str, dtype: torch.dtype):
     return t.to(device, dtype if t.is_floating_point() else None)
 
 
-SHIFT = 4
-
-
-def augment(x: Tensor, moves: Tensor) -> Tensor:
-    """Shift each image, filling with zeros, and mirror it or not.
-
-    Args:
-        x: [n, channels, height, width].
-        moves: [n, 3], integers: down and right by 0 … 2·SHIFT, less SHIFT; and whether to mirror.
-    """
-    n, channels, height, width = x.shape
-    padded = F.pad(x, (SHIFT,) * 4)
-    rows = 2 * SHIFT - moves[:, 0, None] + torch.arange(height, device=x.device)
-    columns = torch.arange(width, device=x.device).expand(n, -1)
-    columns = 2 * SHIFT - moves[:, 1, None] + torch.where(moves[:, 2, None] == 1, width - 1 - columns, columns)
-    images, colours = torch.arange(n, device=x.device), torch.arange(channels, device=x.device)
-    return padded[images[:, None, None, None], colours[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
-
-
 class _Batches:
     """Batches in a new order every epoch; drawn on the CPU, so that every device sees the same, an epoch at a time."""
 
@@ -145,11 +124,11 @@ class _Batches:
         self.generator, self.left = torch.Generator().manual_seed(seed), torch.empty(0, 1, dtype=torch.long)
 
     def next(self) -> Tensor:
-        """[batch, 1] or, with augmentation, [batch, 4]: the examples and how each is moved, on the device."""
+        """[batch, 1] or, with augmentation, more columns: the examples and how each is changed, on the device."""
         if len(self.left) < self.task.batch_size:
             columns = [torch.randperm(self.examples, generator=self.generator)]
             if self.task.augment:
-                columns += [torch.randint(high, (self.examples,), generator=self.generator) for high in (2 * SHIFT + 1, 2 * SHIFT + 1, 2)]
+                columns += [torch.randint(high, (self.examples,), generator=self.generator) for high in self.task.augment.ranges]
             self.left = torch.stack(columns, 1).to(self.device)
         now, self.left = self.left[: self.task.batch_size], self.left[self.task.batch_size :]
         return now
@@ -179,7 +158,7 @@ class _Gradients:
     def _of(self, batch: Tensor) -> Tensor:
         x = self.x[batch[:, 0]]
         if self.task.augment:
-            x = augment(x, batch[:, 1:])
+            x = self.task.augment(x, batch[:, 1:])
         if self.fast and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with _autocast(self.fast):
@@ -358,7 +337,7 @@ def train(
         ValueError: for an unknown task or schedule, or a setting out of range.
         Paused: at the deadline, if there is a checkpoint to go on from.
     """
-    task = get(task)
+    task = supervised(task)
     task = task if batch_size is None else replace(task, batch_size=batch_size)
     steps = task.steps if steps is None else steps
     evaluations = task.evaluations if evaluations is None else evaluations
@@ -375,7 +354,9 @@ def train(
     data = task.load()
     if label_noise:
         data = replace(data, y_train=noisy(data.y_train, data.classes, label_noise, seed))
-    x_train, y_train, x_test, y_test = (_place(t, device, dtype) for t in (data.x_train, data.y_train, data.x_test, data.y_test))
+    parts = ("x_train", "y_train", "x_test", "y_test")
+    placed = replace(data, **{part: _place(getattr(data, part), device, dtype) for part in parts})
+    x_train, y_train, y_test = placed.x_train, placed.y_train, placed.y_test
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task.build(data)
@@ -438,7 +419,9 @@ def train(
                 history.diverged = True
                 break
             _mode(opt, "eval")
-            test_loss, metric, outputs = evaluate(task, model, x_test, y_test, fast)
+            outputs = task.predict(partial(_forward, model, autocast=fast), placed)
+            test_loss, metric = task.measure(outputs, y_test)
+            history.details = task.describe(outputs, y_test)
             if keep_outputs:
                 history.outputs.append(outputs.cpu())
             _mode(opt, "train")
