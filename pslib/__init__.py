@@ -12,4 +12,4 @@ from . import estimators, scalings
 from .optimizers import PSDASGD, PSSPS, ScaledSGD
 
 __all__ = ["PSDASGD", "PSSPS", "ScaledSGD", "estimators", "scalings"]
-__version__ = "0.3.0"
+__version__ = "0.4.0"

@@ -339,23 +339,25 @@ def _travel(task: str, seeds: int) -> list[RunSpec]:
     ]
 
 
+TRAVEL: Setting = ("psdasgd-travel", "psdasgd-tensor", {"travel": 1.5})
 # The other kinds of problem: the rates that AdamW is tuned over, and what else is tried there.
 BREADTH: dict[str, tuple[tuple[float, ...], list[Setting]]] = {
     "reviews-minilm": (
-        (3e-5, 1e-4, 3e-4, 1e-3), [PS_SPS, *((f"psdasgd-d0-{e}", "psdasgd-tensor", {"d0": 2.0**e}) for e in (-14, -11))],
+        (3e-5, 1e-4, 3e-4), [PS_SPS, TRAVEL, *((f"psdasgd-d0-{e}", "psdasgd-tensor", {"d0": 2.0**e}) for e in (-14, -11))],
     ),
     "digits-resnet32-tuned": (
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        [PS_SPS, *((f"psdasgd-d0-{e}", "psdasgd-tensor", {"d0": 2.0**e}) for e in (-14, -11))],
+        [PS_SPS, TRAVEL, *((f"psdasgd-d0-{e}", "psdasgd-tensor", {"d0": 2.0**e}) for e in (-14, -11))],
     ),
-    "digits-resnet32": ((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS]),
+    "digits-resnet32": ((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS, TRAVEL]),
     "cifar10-simclr": (
-        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), [PS_SPS, ("ps-sps-floor", "ps-sps", {"f_star": round(tasks.get("cifar10-simclr").floor, 6)})],
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        [PS_SPS, TRAVEL, ("ps-sps-floor", "ps-sps", {"f_star": round(tasks.get("cifar10-simclr").floor, 6)})],
     ),
-    "camvid-unet": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS]),
-    "pendulum-sac": ((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), []),
+    "camvid-unet": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS, TRAVEL]),
+    "pendulum-sac": ((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), [TRAVEL]),
     "hopper-sac": ((3e-4, 1e-3, 3e-3), []),
-    "ade20k-unet": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS]),
+    "ade20k-unet": ((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), [PS_SPS, TRAVEL]),
     "humanoid-sac": ((3e-4, 1e-3, 3e-3), []),
 }
 # In soft actor-critic the temperature's loss is linear and has no minimum: without a rate of its own it is nobody's to measure.
@@ -369,8 +371,7 @@ def _breadth(task: str) -> list[RunSpec]:
     free = ("psdasgd-tensor", "psdasgd-model", "prodigy", "dadapt-adam", "schedule-free", "adamw-default")
     optimizers = {"adamw-default": "adamw"}
     methods: list[Setting] = [
-        *((name, optimizers.get(name, name), {}) for name in free), ("psdasgd-travel", "psdasgd-tensor", {"travel": 1.5}), *more,
-        *_adamw(*rates),
+        *((name, optimizers.get(name, name), {}) for name in free), *more, *_adamw(*rates),
     ]
 
     def how(name: str) -> dict:
@@ -394,7 +395,7 @@ def _temperature(task: str) -> list[RunSpec]:
 
 def _constant(task: str) -> list[RunSpec]:
     """Soft actor-critic at a constant rate, as it is usually trained."""
-    methods: list[Setting] = [*OURS, ("psdasgd-travel", "psdasgd-tensor", {"travel": 1.5}), *_adamw(3e-4, 1e-3, 3e-3)]
+    methods: list[Setting] = [*OURS, *_adamw(1e-3)]
     how = {"schedule": "constant", "temperature": TEMPERATURE_RATE}
     return [RunSpec(task, name, optimizer, settings, seed=seed, how=how) for seed in range(5) for name, optimizer, settings in methods]
 

@@ -17,13 +17,18 @@ from PIL import Image
 
 from .contenders import ALL
 
-__all__ = ["COLOURS", "band", "dots_with_range", "slider", "style_of", "toggles", "use_style"]
+__all__ = ["CLASSES", "COLOURS", "band", "dots_with_range", "slider", "style_of", "toggles", "use_style"]
 
 # Okabe and Ito's palette, told apart by readers with any of the common colour-vision deficiencies.
 COLOURS = {
     "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2", "vermilion": "#D55E00",
     "purple": "#CC79A7", "black": "#222222", "grey": "#888888",
 }
+
+# Eleven of Paul Tol's colours for the classes of a segmented picture, in the order of `pslib.datasets.CAMVID`; void is grey.
+CLASSES = [
+    "#88CCEE", "#EE8866", "#000000", "#332288", "#AA4499", "#228833", "#FFAABB", "#225522", "#BBCC33", "#FFFFFF", "#882255",
+]
 
 _STYLES = {
     "sgd": ("grey", "-"), "momentum": ("grey", "--"), "adam": ("grey", "-."), "adamw": ("black", "-"),
@@ -36,6 +41,8 @@ _STYLES = {
     "psdasgd-neuron": ("orange", "-"), "psdasgd-coordinate": ("orange", ":"), "psdasgd-model-units": ("blue", "-"),
     "psdasgd-module-units": ("green", "-."), "psdasgd-model-neuron-units": ("purple", "-"),
     "psdasgd-tensor-neuron-units": ("vermilion", "--"), "psdasgd-slice": ("sky", "-"),
+    "psdasgd-travel": ("vermilion", "-."), "psdasgd-d0--11": ("vermilion", "--"), "psdasgd-d0--14": ("vermilion", ":"),
+    "ps-sps-floor": ("orange", "--"),
 }
 
 
@@ -44,6 +51,8 @@ _CSS_LINE = {"-": "solid", "--": "dashed", "-.": "dashed", ":": "dotted"}
 _VARIANTS = {
     "adamw-0.98": "AdamW, β₂ = 0.98", "adamw-default": "AdamW, default", "prodigy-0.98": "Prodigy, β₂ = 0.98",
     "dadapt-adam-0.98": "D-Adapt Adam, β₂ = 0.98", "psdasgd-slice": "PS-DA-SGD, tensor, sliced",
+    "psdasgd-travel": "PS-DA-SGD, travel 1.5", "psdasgd-d0--11": "PS-DA-SGD, d₀ = 2⁻¹¹", "psdasgd-d0--14": "PS-DA-SGD, d₀ = 2⁻¹⁴",
+    "ps-sps-floor": "PS-SPS, f* = the least loss",
 }
 
 

@@ -31,7 +31,7 @@ from .plotting import COLOURS
 from .tasks import Control
 from .training import SCHEDULES, History, _mode, _row, step
 
-__all__ = ["Actor", "Agent", "Critics", "clip", "frames", "interquartile", "skeleton", "train"]
+__all__ = ["Actor", "Agent", "Critics", "clip", "evaluate", "frames", "interquartile", "skeleton", "train"]
 
 # Beyond these a standard deviation is as good as 0 or ∞; those of the original.
 LOG_STD = (-20.0, 2.0)

@@ -311,8 +311,8 @@ def _transfer() -> list[Task]:
         "accelerate": True,
     }
     return [
-        Task("reviews-minilm", "movie reviews, MiniLM fine-tuned", datasets.reviews, networks.sentence_classifier, 12, 100, "accuracy", 2,
-             evaluations=4, full=sentences_full),
+        Task("reviews-minilm", "movie reviews, MiniLM fine-tuned", datasets.reviews, networks.sentence_classifier, 8, 100, "accuracy", 2,
+             evaluations=3, full=sentences_full),
         Task("topics-minilm", "paragraphs of a manual, MiniLM fine-tuned", datasets.paragraphs, networks.sentence_classifier, 12, 40,
              "accuracy", 8, evaluations=2),
         *(Task(f"digits-resnet32{suffix}", f"200 digits, ResNet-32 {words}", digits, partial(resnet, learned=learned), 50, 150, "accuracy",
@@ -332,7 +332,7 @@ def _contrastive() -> list[Task]:
     }
     return [
         Contrastive("cifar10-simclr", "CIFAR-10 (JPEG), SimCLR", partial(datasets.cifar10, 10_000, 1_000, 16),
-                    partial(build, width=16, blocks=1, dimensions=64), 128, 300, "accuracy", evaluations=5, augment=Views(), full=full),
+                    partial(build, width=16, blocks=1, dimensions=64), 128, 200, "accuracy", evaluations=5, augment=Views(), full=full),
         Contrastive("digits-simclr", "digits, SimCLR", datasets.digit_pictures, partial(build, width=8, blocks=1, dimensions=32), 100, 100,
                     "accuracy", evaluations=5, augment=Views(0.6, False, 0.3)),
     ]
@@ -349,8 +349,8 @@ def _segmentation() -> list[Task]:
         }
 
     return [
-        Segmentation("camvid-unet", "CamVid, U-Net", partial(datasets.camvid, (80, 60)), partial(build, width=8), 4, 300, "mean IoU", 11,
-                     evaluations=4, shown=(10, 60, 110, 200), full=full(datasets.camvid, 16, 150 * 367 // 16)),
+        Segmentation("camvid-unet", "CamVid, U-Net", partial(datasets.camvid, (80, 60)), partial(build, width=8), 4, 250, "mean IoU", 11,
+                     evaluations=3, shown=(10, 60, 110, 200), full=full(datasets.camvid, 16, 150 * 367 // 16)),
         Segmentation("streets-unet", "drawn streets, U-Net", datasets.streets, partial(build, width=8), 8, 60, "mean IoU", 5, evaluations=3,
                      shown=(0, 1, 2, 3)),
         Segmentation("ade20k-unet", "ADE20K, U-Net", partial(datasets.ade20k, (64, 64)), partial(build, width=8), 8, 200, "mean IoU", 150,
@@ -374,10 +374,10 @@ _ALL: tuple[Task | Control, ...] = (
     *_photographs("cifar100", "CIFAR-100", 100, datasets.cifar100),
     _imagenet(), _gpt("characters", 65), _gpt("bytes", 256),
     *_transfer(), *_contrastive(), *_segmentation(),
-    Control("pendulum-sac", "Pendulum, soft actor-critic", "Pendulum-v1", 6_000, 500, 1, 64, 128, episodes=10),
-    Control("hopper-sac", "Hopper, soft actor-critic", "Hopper-v5", 8_000, 1_000, 1, 128, 128,
+    Control("pendulum-sac", "Pendulum, soft actor-critic", "Pendulum-v1", 5_000, 500, 1, 64, 128, episodes=10),
+    Control("hopper-sac", "Hopper, soft actor-critic", "Hopper-v5", 6_000, 1_000, 1, 128, 128,
             full={"steps": 300_000, "warmup": 10_000, "copies": 16, "width": 256, "batch_size": 256, "evaluations": 30}),
-    Control("humanoid-sac", "Humanoid, soft actor-critic", "Humanoid-v5", 8_000, 1_000, 1, 128, 128,
+    Control("humanoid-sac", "Humanoid, soft actor-critic", "Humanoid-v5", 6_000, 1_000, 1, 128, 128,
             full={"steps": 1_000_000, "warmup": 10_000, "copies": 16, "width": 256, "batch_size": 256, "evaluations": 50}),
 )
 TASKS = {task.name: task for task in _ALL}
