@@ -620,7 +620,8 @@ def clip(task: str | Control, states: Sequence[Sequence[float]], alt: str, *, na
     """
     poses, images = skeleton(task, states), []
     for pose in poses:
-        figure = Figure(figsize=(3, 2.4), dpi=80, facecolor="white", layout="none")
+        figure = Figure(figsize=(3, 2.4), dpi=80, facecolor="white")
+        figure.set_layout_engine("none")
         ax = figure.add_axes((0, 0, 1, 1))
         at = _centre(pose)
         _ground(ax, poses, at - 1.6, at + 1.6)

@@ -311,7 +311,7 @@ def _transfer() -> list[Task]:
         "accelerate": True,
     }
     return [
-        Task("reviews-minilm", "movie reviews, MiniLM fine-tuned", datasets.reviews, networks.sentence_classifier, 8, 100, "accuracy", 2,
+        Task("reviews-minilm", "movie reviews, MiniLM fine-tuned", datasets.reviews, networks.sentence_classifier, 8, 80, "accuracy", 2,
              evaluations=3, full=sentences_full),
         Task("topics-minilm", "paragraphs of a manual, MiniLM fine-tuned", datasets.paragraphs, networks.sentence_classifier, 12, 40,
              "accuracy", 8, evaluations=2),
@@ -375,9 +375,9 @@ _ALL: tuple[Task | Control, ...] = (
     _imagenet(), _gpt("characters", 65), _gpt("bytes", 256),
     *_transfer(), *_contrastive(), *_segmentation(),
     Control("pendulum-sac", "Pendulum, soft actor-critic", "Pendulum-v1", 5_000, 500, 1, 64, 128, episodes=10),
-    Control("hopper-sac", "Hopper, soft actor-critic", "Hopper-v5", 6_000, 1_000, 1, 128, 128,
+    Control("hopper-sac", "Hopper, soft actor-critic", "Hopper-v5", 5_000, 1_000, 1, 128, 128,
             full={"steps": 300_000, "warmup": 10_000, "copies": 16, "width": 256, "batch_size": 256, "evaluations": 30}),
-    Control("humanoid-sac", "Humanoid, soft actor-critic", "Humanoid-v5", 6_000, 1_000, 1, 128, 128,
+    Control("humanoid-sac", "Humanoid, soft actor-critic", "Humanoid-v5", 5_000, 1_000, 1, 128, 128,
             full={"steps": 1_000_000, "warmup": 10_000, "copies": 16, "width": 256, "batch_size": 256, "evaluations": 50}),
 )
 TASKS = {task.name: task for task in _ALL}
