@@ -371,6 +371,8 @@ def _unpacked(archive: Path) -> Path:
                 with suppress(OSError):
                     os.rename(made, folder)
                     os.mkdir(made)
+            if not folder.exists():
+                raise MissingData(f"{archive} could not be unpacked into {folder}; is there room, and may it be written?")
     return folder
 
 

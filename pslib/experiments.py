@@ -395,7 +395,8 @@ def _temperature(task: str) -> list[RunSpec]:
 
 def _constant(task: str) -> list[RunSpec]:
     """Soft actor-critic at a constant rate, as it is usually trained."""
-    methods: list[Setting] = [*OURS, *_adamw(3e-4, 1e-3, 3e-3, 1e-2)]
+    peers = [(name, name, {}) for name in ("prodigy", "dadapt-adam")]
+    methods: list[Setting] = [*OURS, *peers, *_adamw(3e-4, 1e-3, 3e-3, 1e-2)]
     how = {"schedule": "constant", "temperature": TEMPERATURE_RATE}
     return [RunSpec(task, name, optimizer, settings, seed=seed, how=how) for seed in range(5) for name, optimizer, settings in methods]
 
@@ -649,6 +650,12 @@ def _checked(path: Path, spec: RunSpec, preset: str) -> Record:
     made = load(path)
     if made.preset != preset or made.spec != spec:
         raise ValueError(f"{path} was recorded with other settings; delete it and record it again.")
+    task = tasks.get(spec.task, preset)
+    steps = task.steps if spec.steps is None or preset == "smoke" else spec.steps
+    # Copies of an environment step together.
+    steps = task.copies * math.ceil(steps / task.copies) if isinstance(task, tasks.Control) else steps
+    if not made.diverged and made.curve["step"][-1] != steps:
+        raise ValueError(f"{path} was recorded with {made.curve['step'][-1]} steps, not {steps}; delete it and record it again.")
     return made
 
 

@@ -194,7 +194,7 @@ class Losses:
         return (self.agent.log_alpha.detach().exp() * log_density - torch.minimum(first, second)).mean()
 
     def temperature(self) -> Tensor:
-        """log α times what the entropy has too much of over −dim(action), nats."""
+        """log α times what the entropy has too much of over −dim(action), nats (the paper has α in the place of log α)."""
         return self.agent.log_alpha * (self.entropy + self.noise.shape[-1])
 
     @torch.no_grad()
@@ -490,7 +490,7 @@ def train(
     history.model, history.optimizer = agent, optimizers  # type: ignore[assignment]  # three optimizers here
     if of_updates:
         history.losses = torch.cat(of_updates).cpu()
-    history.diverged |= not bool(history.losses.isfinite().all())
+    history.diverged |= not (bool(history.losses.isfinite().all()) and all(map(math.isfinite, history.test_metric)))
     history.seconds = time.perf_counter() - start
     history.step_seconds = updating / max(1, len(of_updates))
     history.details = {"states": poses, "temperature": alphas}

@@ -172,8 +172,10 @@ class Contrastive(Task):
             outputs: [2n, dimensions], the first views of n images and then the second ones.
             target: not used: there are no labels.
         """
-        directions = F.normalize(outputs, dim=1)
-        similar = (directions @ directions.T / self.temperature).fill_diagonal_(-math.inf)
+        # Not in bfloat16, even where the network is: neighbouring similarities would become equal.
+        with torch.autocast(outputs.device.type, enabled=False):
+            directions = F.normalize(outputs.float() if outputs.dtype == torch.bfloat16 else outputs, dim=1)
+            similar = (directions @ directions.T / self.temperature).fill_diagonal_(-math.inf)
         other = torch.arange(len(outputs), device=outputs.device).roll(len(outputs) // 2)
         return F.cross_entropy(similar, other)
 
