@@ -395,7 +395,7 @@ def _temperature(task: str) -> list[RunSpec]:
 
 def _constant(task: str) -> list[RunSpec]:
     """Soft actor-critic at a constant rate, as it is usually trained."""
-    peers = [(name, name, {}) for name in ("prodigy", "dadapt-adam")]
+    peers: list[Setting] = [(name, name, {}) for name in ("prodigy", "dadapt-adam")]
     methods: list[Setting] = [*OURS, *peers, *_adamw(3e-4, 1e-3, 3e-3, 1e-2)]
     how = {"schedule": "constant", "temperature": TEMPERATURE_RATE}
     return [RunSpec(task, name, optimizer, settings, seed=seed, how=how) for seed in range(5) for name, optimizer, settings in methods]

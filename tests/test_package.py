@@ -218,7 +218,9 @@ def incomplete(thing, name):
     found = []
     if dataclasses.is_dataclass(thing):
         text = section(doc, "Attributes") or doc
-        found += [f"{name} does not say what {f.name} is" for f in dataclasses.fields(thing) if not re.search(rf"\b{f.name}\b", text)]
+        # What is inherited is described where it comes from.
+        fields = [f.name for f in dataclasses.fields(thing) if f.name in vars(thing).get("__annotations__", {})]
+        found += [f"{name} does not say what {field} is" for field in fields if not re.search(rf"\b{field}\b", text)]
     elif "__init__" in vars(thing):
         parameters = list(inspect.signature(thing.__init__).parameters)[1:]
         found += [f"{name} does not list {p} under Args" for p in parameters if p not in listed(doc, "Args")]

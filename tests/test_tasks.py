@@ -13,11 +13,16 @@ import torch
 from PIL import Image
 
 from pslib import datasets, networks, tasks
+from pslib.augmentations import Shift
 from pslib.contenders import make
 from pslib.training import train
 
 PHOTOGRAPHS = [f"{data}-{net}" for data in ("cifar10", "cifar100") for net in ("resnet32-bn", "resnet32", "vgg19-bn", "vgg19", "vit")]
-WITH_FULL = [*PHOTOGRAPHS, "imagenet-vit", "shakespeare-characters", "shakespeare-bytes"]
+CONTROL = ["hopper-sac", "humanoid-sac"]
+WITH_FULL = [
+    *PHOTOGRAPHS, "imagenet-vit", "shakespeare-characters", "shakespeare-bytes", "reviews-minilm", "cifar10-simclr", "camvid-unet",
+    "ade20k-unet", *CONTROL,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +169,7 @@ def test_imagenet_from_torchvisions_layout_is_decoded_when_it_is_indexed(tmp_pat
 
 def test_a_vit_trains_on_the_imagenet_layout(tmp_path):
     imagenet_folder(tmp_path / "data")
-    task = replace(tasks.get("imagenet-vit"), batch_size=4, augment=True)
+    task = replace(tasks.get("imagenet-vit"), batch_size=4, augment=Shift())
     history = train(task, lambda p: make("psdasgd-tensor", p), steps=30, evaluations=2)
     assert history.final_loss < history.losses[0] / 2
     assert history.final_metric == 1.0
@@ -310,9 +315,12 @@ def test_presets_differ_in_size_and_only_some_tasks_have_the_full_one():
     assert [name for name in tasks.names() if tasks.get(name).full] == [n for n in tasks.names() if n in WITH_FULL]
     for name in WITH_FULL:
         smoke, cpu, full = (tasks.get(name, preset) for preset in tasks.PRESETS)
-        assert smoke.steps == 5 < cpu.steps < full.steps and cpu.batch_size < full.batch_size
-        assert (cpu.metric, cpu.classes, cpu.title) == (full.metric, full.classes, full.title)
-        assert full.accelerate and not cpu.accelerate and not full.full
+        assert smoke.steps < cpu.steps < full.steps and cpu.batch_size < full.batch_size and not full.full
+        assert (cpu.metric, cpu.title) == (full.metric, full.title)
+        if name in CONTROL:
+            assert smoke.steps == smoke.warmup + 5 and cpu.environment == full.environment and cpu.copies == 1 < full.copies
+        else:
+            assert smoke.steps == 5 and cpu.classes == full.classes and full.accelerate and not cpu.accelerate
     with pytest.raises(ValueError, match="digits-mlp has no preset 'full': 'cpu' is all there is of it."):
         tasks.get("digits-mlp", "full")
     with pytest.raises(ValueError, match="there is no preset 'big'; choose one of smoke, cpu, full."):
@@ -322,7 +330,7 @@ def test_presets_differ_in_size_and_only_some_tasks_have_the_full_one():
 def test_the_full_preset_is_sixty_epochs_of_all_photographs():
     full = tasks.get("cifar10-resnet32-bn", "full")
     assert 59 * 50_000 < full.steps * full.batch_size <= 60 * 50_000
-    assert full.load is datasets.cifar10 and full.augment
+    assert full.load is datasets.cifar10 and full.augment == Shift()
 
 
 @pytest.mark.parametrize("name", [n for n in PHOTOGRAPHS if n.startswith("cifar10-")])

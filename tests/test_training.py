@@ -7,26 +7,35 @@ import pytest
 import torch
 
 from pslib import PSDASGD, PSSPS, datasets, tasks
+from pslib.augmentations import Shift
 from pslib.contenders import make
-from pslib.training import SHIFT, Paused, _Batches, _place, augment, noisy, train, train_seeds
+from pslib.training import Paused, _Batches, _place, noisy, train, train_seeds
 
 
 def adam(params):
     return make("adam", params, lr=1e-2)
 
 
-@pytest.mark.parametrize("name", [name for name in tasks.names() if not tasks.get(name).full])
+SUPERVISED = [name for name, task in tasks.TASKS.items() if not isinstance(task, (tasks.Contrastive, tasks.Control))]
+
+
+@pytest.mark.parametrize("name", [name for name in SUPERVISED if not tasks.get(name).full])
 def test_a_task_has_matching_shapes_and_a_first_loss_near_chance(name):
     task = tasks.get(name)
     data = task.load()
+    assert len(data.x_train) == len(data.y_train) and len(data.x_test) == len(data.y_test)
+    if name.endswith("-minilm"):
+        data = replace(data, x_test=data.x_test[:64], y_test=data.y_test[:64])
     torch.manual_seed(0)
     model = task.build(data)
     logits = model(data.x_test)
-    assert len(data.x_train) == len(data.y_train) and len(data.x_test) == len(data.y_test)
     assert logits.shape == (*data.y_test.shape, data.classes)
-    assert 0 <= data.y_train.min() and data.y_train.max() < data.classes
-    # A fresh network spreads its bets: cross-entropy near ln(classes).
-    assert task.loss(logits, data.y_test).item() == pytest.approx(math.log(data.classes), rel=0.15)
+    assert data.y_train.min() == 0 and data.y_train.max() < data.classes
+    # A fresh network spreads its bets: cross-entropy near ln(classes); with batch norm its outputs are of order 1, which costs,
+    # and those of a trained body under a fresh head are larger still.
+    normed = any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    most = 3 if name == "digits-resnet32-tuned" else 1.5 if normed else 0.15 * math.log(data.classes)
+    assert -0.5 < task.loss(logits, data.y_test).item() - math.log(data.classes) < most
 
 
 def test_data_are_generated_the_same_way_every_time(tmp_path, monkeypatch):
@@ -223,13 +232,18 @@ def test_no_steps_give_a_sentence():
         train("digits-mlp", PSDASGD, steps=0)
 
 
+def test_a_task_of_control_is_sent_to_where_it_is_trained():
+    with pytest.raises(ValueError, match=r"pendulum-sac is a task of control; train it with pslib.reinforcement.train\."):
+        train("pendulum-sac", PSDASGD)
+
+
 # Batches and what is done to them.
 
 
 def test_images_are_shifted_and_mirrored_as_the_moves_say():
     x = torch.randn(4, 2, 8, 8)
-    moves = torch.tensor([[SHIFT, SHIFT, 0], [SHIFT + 1, SHIFT, 0], [SHIFT, SHIFT - 3, 0], [SHIFT, SHIFT, 1]])
-    out = augment(x, moves)
+    moves = torch.tensor([[4, 4, 0], [5, 4, 0], [4, 1, 0], [4, 4, 1]])
+    out = Shift()(x, moves)
     assert torch.equal(out[0], x[0])
     assert torch.equal(out[1, :, 1:], x[1, :, :-1]) and not out[1, :, 0].any()
     assert torch.equal(out[2, :, :, :-3], x[2, :, :, 3:]) and not out[2, :, :, -3:].any()
@@ -237,7 +251,7 @@ def test_images_are_shifted_and_mirrored_as_the_moves_say():
 
 
 def test_augmentation_differs_between_epochs_and_is_the_same_under_a_seed():
-    task = replace(tasks.get("digits-vit"), augment=True, batch_size=500)
+    task = replace(tasks.get("digits-vit"), augment=Shift(), batch_size=500)
 
     def epochs(seed):
         batches = _Batches(task, 1500, seed, "cpu")
@@ -248,11 +262,11 @@ def test_augmentation_differs_between_epochs_and_is_the_same_under_a_seed():
     assert first[:, 0].sort().values.tolist() == list(range(1500)) == second[:, 0].sort().values.tolist()
     moves = [epoch[epoch[:, 0].argsort(), 1:] for epoch in (first, second)]
     assert not torch.equal(*moves)
-    assert set(moves[0][:, 0].tolist()) == set(moves[0][:, 1].tolist()) == set(range(2 * SHIFT + 1))
+    assert set(moves[0][:, 0].tolist()) == set(moves[0][:, 1].tolist()) == set(range(9))
     assert set(moves[0][:, 2].tolist()) == {0, 1}
     a, b, other = (train(task, adam, seed=s, steps=5).losses for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, other)
-    assert not torch.equal(a, train(replace(task, augment=False), adam, steps=5).losses)
+    assert not torch.equal(a, train(replace(task, augment=None), adam, steps=5).losses)
 
 
 def test_overlapping_windows_are_placed_as_one_row_of_tokens():
@@ -286,7 +300,7 @@ def test_a_test_set_is_looked_at_in_parts_with_the_same_result():
 
 
 def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path):
-    task = replace(tasks.get("digits-vit"), augment=True, steps=45)
+    task = replace(tasks.get("digits-vit"), augment=Shift(), steps=45)
     whole = train(task, lambda p: PSDASGD(p))
     file, stopped = tmp_path / "run", 0
     while stopped < 5:
